@@ -1,0 +1,7 @@
+"""`python -m diffusionz`."""
+
+import sys
+
+from diffusionz.cli import main
+
+sys.exit(main())

@@ -1,0 +1,377 @@
+"""`ZImage`: a loaded Z-Image model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diffusionz import _blocking
+from diffusionz._errors import ArgumentError, error_for
+from diffusionz.hub import locate
+from diffusionz.image import Image, Path, to_rgb
+from diffusionz.progress import Progress, Watch, read_progress
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+PRECISIONS = {"auto": 0, "float32": 1, "bfloat16": 2}  # DIFFUSIONZ_PRECISION_*
+
+_MAX_PICTURES = 1024  # of one diffusionz_generate_batch
+
+
+class ZImage:
+    """A Z-Image model, loaded on a device.
+
+        with ZImage("demo", device="cpu") as model:
+            model.generate("a red circle on a blue background", width=256, height=256, seed=7).save("out.png")
+
+    Parameters:
+        model: a folder in the diffusers layout (or ComfyUI's, or one safetensors file), the name of a bundled model
+            ("demo"), or a hub id "org/name" that `diffusionz pull` has fetched. Nothing is downloaded here.
+        device: "auto" (the first CUDA device, else the CPU), "cpu", "cuda", or "cuda:1".
+        precision: "auto" (bfloat16 on CUDA, float32 on the CPU), "float32" or "bfloat16".
+        threads: CPU threads of the whole process; 0 leaves them as they are.
+        cuda_graphs: whether CUDA graphs may be captured: faster steps for some more memory.
+
+    Raises ArgumentError, ModelError, DeviceError, OutOfMemoryError.
+
+    Calls may come from several threads; on one object they queue in the order of their arrival. Objects of one model
+    on one device share its weights.
+    """
+
+    model: str
+    """The model as it was asked for."""
+    path: str
+    """The folder or file that was loaded."""
+    info: dict[str, Any]
+    """What the model is: family, path, device, precision, parameter counts, sizes allowed, scheduler."""
+
+    def __init__(
+        self,
+        model: Path = "demo",
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        threads: int = 0,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self._context: Any = None
+        self.model = os.fspath(model)
+        self.path = locate(model)
+        if precision not in PRECISIONS:
+            raise ArgumentError(f'precision is "{precision}"; it must be one of {", ".join(PRECISIONS)}')
+        from diffusionz._ffi import c_int, c_string, check, ffi, lib, text
+
+        options = ffi.new("DiffusionZInitOptions *")
+        lib.diffusionz_init_options_init(options)
+        options.device_id = _device_id(str(device))
+        options.precision = PRECISIONS[precision]
+        options.num_threads = c_int("threads", threads)
+        options.cuda_graphs = bool(cuda_graphs)
+        path = c_string("model", self.path)
+
+        def load() -> Any:
+            out = ffi.new("DiffusionZContext **")
+            check(lib.diffusionz_init_with_options(path, options, out))
+            return ffi.gc(out[0], lib.diffusionz_free)
+
+        self._context = _blocking.run(load)
+        import json
+
+        self.info = json.loads(text(lib.diffusionz_model_info(self._context)))
+
+    # --- Drawing ---
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int = 8,
+        seed: int | None = None,
+        guidance: float = 0.0,
+        negative_prompt: str | None = None,
+        lora: Path | tuple[Path, float] | None = None,
+        init_image: Any = None,
+        strength: float = 0.6,
+        cfg_normalization: float = 0.0,
+        cfg_truncation: float = 1.0,
+        on_progress: Callable[[Progress], object] | None = None,
+        progress: bool | None = None,
+    ) -> Image:
+        """Draws one picture.
+
+        Parameters:
+            prompt: what to draw.
+            width, height: pixels, multiples of 16. Default: those of `init_image`, else what the model was made for,
+                1024 as a rule and 256 for the bundled one.
+            steps: transformer evaluations, 1..1000.
+            seed: of torch's CPU generator, an int64; None draws a random one, and `Image.seed` says which.
+            guidance: 0 is off; else prediction = positive + guidance * (positive - negative).
+            negative_prompt: what to keep away from; used with guidance.
+            lora: an adapter for this call alone: a safetensors file, or (file, weight).
+            init_image: a picture to start from: a path or the bytes of a PNG or WebP file, an `Image`, or uint8
+                [height, width, 3]. Its size must be that of the picture.
+            strength: with `init_image`, 0 < strength <= 1: the share of the steps that run.
+            cfg_normalization: with guidance, bounds the prediction's norm to this multiple of the unguided one; 0 off.
+            cfg_truncation: guidance is off once 1 - sigma exceeds this.
+            on_progress: called with a `Progress` some twenty times a second, and once at the end. What it raises
+                stops the call and is raised here: raise `Cancelled` to stop.
+            progress: whether to show a bar on stderr; None shows it in a terminal.
+
+        Ctrl-C stops within one step and raises KeyboardInterrupt; the model stays usable.
+        Raises ArgumentError, LoraError, ImageError, OutOfMemoryError, DeviceError.
+        """
+        return self.generate_batch(
+            [prompt],
+            width=width,
+            height=height,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            lora=lora,
+            init_image=init_image,
+            strength=strength,
+            cfg_normalization=cfg_normalization,
+            cfg_truncation=cfg_truncation,
+            on_progress=on_progress,
+            progress=progress,
+        )[0]
+
+    def generate_batch(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        count: int = 1,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int = 8,
+        seed: int | None = None,
+        guidance: float = 0.0,
+        negative_prompt: str | None = None,
+        lora: Path | tuple[Path, float] | None = None,
+        init_image: Any = None,
+        strength: float = 0.6,
+        cfg_normalization: float = 0.0,
+        cfg_truncation: float = 1.0,
+        on_progress: Callable[[Progress], object] | None = None,
+        progress: bool | None = None,
+    ) -> list[Image]:
+        """Draws `count` pictures of each prompt in one place of the queue, at most 1024 in all. Picture i of the list
+        has the seed `seed + i`, and is the one that `generate` draws with that seed.
+
+        The other parameters and the errors are those of `generate`. All or none: when one fails, the call raises.
+        """
+        from diffusionz._ffi import c_int, ffi, lib
+
+        context = self._alive()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [text for text in texts for _ in range(count)]
+        if not 1 <= len(texts) <= _MAX_PICTURES:
+            raise ArgumentError(f"{len(texts)} pictures were asked for; 1 to {_MAX_PICTURES} can be drawn in one call")
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "little")  # short enough to be typed in again
+        c_int("seed", seed, bits=64)
+        c_int("the last picture's seed", seed + len(texts) - 1, bits=64)
+
+        rgb = None
+        if init_image is not None:
+            rgb, init_width, init_height = to_rgb(init_image)
+            width = init_width if width is None else width
+            height = init_height if height is None else height
+            if (width, height) != (init_width, init_height):
+                raise ArgumentError(
+                    f"init_image is {init_width}x{init_height} and the picture {width}x{height}; they must be equal"
+                )
+        if width is None or height is None:
+            side = self._default_side()
+            width = side if width is None else width
+            height = side if height is None else height
+        requests = _Requests(len(texts))
+        requests.fill(
+            width=c_int("width", width),
+            height=c_int("height", height),
+            num_steps=c_int("steps", steps),
+            guidance_scale=guidance,
+            strength=strength,
+            cfg_normalization=cfg_normalization,
+            cfg_truncation=cfg_truncation,
+            format=lib.DIFFUSIONZ_FORMAT_RGB,  # encoded when a file is asked for
+        )
+        if negative_prompt is not None:
+            requests.fill(negative_prompt=requests.string("negative_prompt", negative_prompt))
+        if lora is not None:
+            lora_path, lora_weight = lora if isinstance(lora, tuple) else (lora, 1.0)
+            requests.fill(lora_path=requests.string("lora", os.fspath(lora_path)), lora_weight=lora_weight)
+        if rgb is not None:
+            requests.fill(init_image=requests.keep(ffi.from_buffer("uint8_t[]", rgb)))
+        for i, text in enumerate(texts):
+            requests.structs[i].prompt = requests.string("prompt", text)
+            requests.structs[i].seed = seed + i
+
+        task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
+        watch = Watch(task, on_progress, progress)
+        start = time.perf_counter()
+        try:
+            drawn = _blocking.run(
+                lambda: requests.draw(context, task),
+                tick=watch.tick if watch.wanted else None,
+                cancel=lambda: lib.diffusionz_task_cancel(task),
+            )
+            watch.tick()
+        finally:
+            watch.close()
+        end = read_progress(task)
+        timings = {
+            "queue": end.queue_ms,
+            "text": end.text_ms,
+            "denoise": end.denoise_ms,
+            "decode": end.decode_ms,
+            "total": (time.perf_counter() - start) * 1e3,
+        }
+        return [
+            Image(rgb, width, height, seed=seed + i, timings=timings, metadata_json=metadata)
+            for i, (rgb, width, height, metadata) in enumerate(drawn)
+        ]
+
+    def _default_side(self) -> int:
+        """Pixels of a side when none is asked for: what the model was made for, which its VAE's config says."""
+        import json
+
+        try:
+            with open(os.path.join(self.path, "vae", "config.json"), encoding="utf-8") as file:
+                side = int(json.load(file)["sample_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            side = 1024  # Z-Image's
+        multiple = int(self.info["size"]["multiple"])
+        return max(multiple, side // multiple * multiple)
+
+    # --- LoRA ---
+
+    def load_lora(self, path: Path, weight: float = 1.0) -> None:
+        """Adds an adapter (safetensors of diffusers', PEFT's or kohya's naming) to every later call, on top of those
+        loaded before; the same path again sets its weight. Raises LoraError, ArgumentError, OutOfMemoryError."""
+        from diffusionz._ffi import c_string, check, lib
+
+        check(lib.diffusionz_load_lora(self._alive(), c_string("path", os.fspath(path)), weight))
+
+    def unload_lora(self) -> None:
+        """Removes all adapters: later pictures are bit for bit those of the base model."""
+        from diffusionz._ffi import check, lib
+
+        check(lib.diffusionz_unload_lora(self._alive()))
+
+    # --- Life ---
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda:0"."""
+        return str(self.info["device"])
+
+    @property
+    def precision(self) -> str:
+        """ "float32" or "bfloat16"."""
+        return str(self.info["precision"])
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on the model's device: "weights_bytes", shared by "shared_by" objects of the same model, and
+        "lora_bytes", this object's own."""
+        from diffusionz._ffi import check, ffi, lib
+
+        info = ffi.new("DiffusionZMemoryInfo *", {"struct_size": ffi.sizeof("DiffusionZMemoryInfo")})
+        check(lib.diffusionz_memory_info(self._alive(), info))
+        return {name: getattr(info, name) for name in ("weights_bytes", "lora_bytes", "shared_by")}
+
+    def close(self) -> None:
+        """Frees the model, once calls that still run have returned. A second call is quiet."""
+        # The context is freed when its last reference goes, and a running call holds one: nothing waits here, and
+        # nothing is freed under a call.
+        self._context = None
+
+    def _alive(self) -> Any:
+        if self._context is None:
+            raise ArgumentError(f"{self!r} was closed")
+        return self._context
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._context is None:
+            return f"<ZImage {self.model}, closed>"
+        memory = self.memory
+        mebibytes = (memory["weights_bytes"] + memory["lora_bytes"]) / 2**20
+        return f"<ZImage {self.model} on {self.device}, {self.precision}, {mebibytes:.1f} MiB>"
+
+
+class _Requests:
+    """The `DiffusionZRequest`s of one call, with all that they point to."""
+
+    def __init__(self, count: int) -> None:
+        from diffusionz._ffi import ffi, lib
+
+        self.count = count
+        self.structs: Any = ffi.new("DiffusionZRequest[]", count)
+        self._kept: list[Any] = []
+        for i in range(count):
+            lib.diffusionz_request_init(ffi.addressof(self.structs[i]))
+
+    def keep(self, pointer: Any) -> Any:
+        self._kept.append(pointer)
+        return pointer
+
+    def string(self, name: str, value: str) -> Any:
+        from diffusionz._ffi import c_string
+
+        return self.keep(c_string(name, value))
+
+    def fill(self, **fields: Any) -> None:
+        """Sets fields of every request."""
+        for i in range(self.count):
+            for name, value in fields.items():
+                setattr(self.structs[i], name, value)
+
+    def draw(self, context: Any, task: Any) -> list[tuple[bytearray, int, int, str]]:
+        """(pixels, width, height, metadata) of each picture."""
+        from diffusionz._ffi import check, ffi, lib, take_string, text
+
+        results = ffi.new("DiffusionZResult[]", self.count)
+        try:
+            status = lib.diffusionz_generate_batch(context, self.structs, self.count, task, results)
+            if status != lib.DIFFUSIONZ_OK:
+                raise error_for(status, text(lib.diffusionz_last_error()))
+            drawn = []
+            for i in range(self.count):
+                out = ffi.new("char **")
+                check(lib.diffusionz_request_metadata(context, ffi.addressof(self.structs[i]), out))
+                pixels = bytearray(ffi.buffer(results[i].image_data, results[i].image_len))
+                drawn.append((pixels, results[i].width, results[i].height, take_string(out)))
+            return drawn
+        finally:
+            for i in range(self.count):
+                lib.diffusionz_free_result(ffi.addressof(results[i]))
+
+
+def _device_id(device: str) -> int:
+    """The ABI's number for a device's name."""
+    kind, colon, index = device.partition(":")
+    if device == "auto":
+        from diffusionz._ffi import lib
+
+        return 0 if lib.diffusionz_device_count() > 0 else -1
+    if device == "cpu":
+        return -1
+    if kind == "cuda" and (not colon or (index.isascii() and index.isdigit() and len(index) <= 4)):
+        return int(index or 0)
+    raise ArgumentError(f'device is "{device}"; it must be auto, cpu, cuda, or cuda:N')
