@@ -1,0 +1,334 @@
+// The exports of diffusionz_c_api.h: each checks its pointers, calls the engine inside guard(), and hands out memory.
+
+#include "diffusionz_c_api.h"
+
+#include <ATen/Parallel.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <span>
+
+#include "c_api/guard.h"
+#include "core/device.h"
+#include "core/task.h"
+#include "image/metadata.h"
+#include "image/png.h"
+#include "image/webp.h"
+#include "zimage/engine.h"
+
+using namespace diffusionz;
+
+struct DiffusionZContext {
+    DiffusionZContext(const char* path, Placement placement) : engine(path, placement), info(engine.info()) {}
+    Engine engine;
+    std::string info;
+};
+
+struct DiffusionZTask {
+    Task task;
+};
+
+namespace {
+
+template <class Struct>
+void check_size(const char* name, const Struct* value) {
+    if (!value) fail(DIFFUSIONZ_E_ARGUMENT, name, " is NULL");
+    // A larger one has fields that this library does not know and would ignore; a smaller one was not made by its _init.
+    if (value->struct_size != sizeof(Struct)) {
+        fail(DIFFUSIONZ_E_ARGUMENT, name, "->struct_size is ", value->struct_size, "; this library (ABI ", DIFFUSIONZ_ABI_VERSION, ") knows ", sizeof(Struct));
+    }
+}
+
+void check_context(const DiffusionZContext* ctx) {
+    if (!ctx) fail(DIFFUSIONZ_E_ARGUMENT, "ctx is NULL");
+}
+
+at::ScalarType dtype_of(int32_t precision, at::Device device) {
+    switch (precision) {
+        case DIFFUSIONZ_PRECISION_AUTO: return device.is_cpu() ? at::kFloat : at::kBFloat16;
+        case DIFFUSIONZ_PRECISION_FLOAT32: return at::kFloat;
+        case DIFFUSIONZ_PRECISION_BFLOAT16: return at::kBFloat16;
+    }
+    fail(DIFFUSIONZ_E_ARGUMENT, "precision is ", precision, "; it must be DIFFUSIONZ_PRECISION_* (0 to 2)");
+}
+
+char* copy_string(const std::string& text) {
+    char* copy = static_cast<char*>(std::malloc(text.size() + 1));
+    if (!copy) throw std::bad_alloc();
+    std::memcpy(copy, text.c_str(), text.size() + 1);
+    return copy;
+}
+
+// Moves bytes into memory that diffusionz_free_result frees.
+void set_image(DiffusionZResult& result, const uint8_t* data, size_t size_bytes, int32_t width, int32_t height) {
+    if (size_bytes > INT32_MAX) fail(DIFFUSIONZ_E_IMAGE, "the encoded picture has ", size_bytes, " bytes; a result holds at most ", INT32_MAX);
+    result.image_data = static_cast<uint8_t*>(std::malloc(size_bytes ? size_bytes : 1));
+    if (!result.image_data) throw std::bad_alloc();
+    std::memcpy(result.image_data, data, size_bytes);
+    result.image_len = static_cast<int32_t>(size_bytes);
+    result.width = width;
+    result.height = height;
+}
+
+void encode(DiffusionZResult& result, const uint8_t* rgb, int32_t width, int32_t height, int32_t format, int32_t quality, const std::string& metadata) {
+    if (format == DIFFUSIONZ_FORMAT_RGB) return set_image(result, rgb, size_t{3} * static_cast<size_t>(width) * static_cast<size_t>(height), width, height);
+    const std::vector<uint8_t> bytes = format == DIFFUSIONZ_FORMAT_PNG ? encode_png(rgb, width, height, metadata)
+                                                                       : encode_webp(rgb, width, height, format == DIFFUSIONZ_FORMAT_WEBP_LOSSLESS, quality, metadata);
+    set_image(result, bytes.data(), bytes.size(), width, height);
+}
+
+// Empties a result and gives it the last error.
+void set_failure(DiffusionZResult& result, int32_t status) noexcept {
+    diffusionz_free_result(&result);
+    result.error_code = status;
+    // With no memory left the message is lost, the status is not.
+    result.error_msg = strdup(last_error().c_str());
+}
+
+std::span<const uint8_t> check_bytes(const uint8_t* data, int64_t size_bytes) {
+    if (!data) fail(DIFFUSIONZ_E_ARGUMENT, "data is NULL");
+    if (size_bytes < 0) fail(DIFFUSIONZ_E_ARGUMENT, "size_bytes is ", size_bytes, "; it must not be negative");
+    return {data, static_cast<size_t>(size_bytes)};
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* diffusionz_version(void) { return DIFFUSIONZ_VERSION; }
+
+int32_t diffusionz_abi_version(void) { return DIFFUSIONZ_ABI_VERSION; }
+
+const char* diffusionz_status_name(int32_t status) {
+    switch (status) {
+        case DIFFUSIONZ_OK: return "DIFFUSIONZ_OK";
+        case DIFFUSIONZ_E_ARGUMENT: return "DIFFUSIONZ_E_ARGUMENT";
+        case DIFFUSIONZ_E_MODEL: return "DIFFUSIONZ_E_MODEL";
+        case DIFFUSIONZ_E_LORA: return "DIFFUSIONZ_E_LORA";
+        case DIFFUSIONZ_E_IMAGE: return "DIFFUSIONZ_E_IMAGE";
+        case DIFFUSIONZ_E_OUT_OF_MEMORY: return "DIFFUSIONZ_E_OUT_OF_MEMORY";
+        case DIFFUSIONZ_E_DEVICE: return "DIFFUSIONZ_E_DEVICE";
+        case DIFFUSIONZ_E_CANCELLED: return "DIFFUSIONZ_E_CANCELLED";
+        case DIFFUSIONZ_E_INTERNAL: return "DIFFUSIONZ_E_INTERNAL";
+    }
+    return "unknown status";
+}
+
+const char* diffusionz_last_error(void) { return last_error().c_str(); }
+
+void diffusionz_free_string(char* text) { std::free(text); }
+
+int32_t diffusionz_device_count(void) {
+    int32_t count = 0;
+    guard([&] { count = cuda_device_count(); });
+    return count;
+}
+
+int32_t diffusionz_device_info(int32_t device_id, DiffusionZDeviceInfo* info) {
+    return guard([&] {
+        check_size("info", info);
+        describe_device(device_id, *info);
+    });
+}
+
+DiffusionZContext* diffusionz_init(const char* model_path, int device_id) {
+    DiffusionZInitOptions options;
+    diffusionz_init_options_init(&options);
+    options.device_id = device_id;
+    DiffusionZContext* ctx = nullptr;
+    diffusionz_init_with_options(model_path, &options, &ctx);
+    return ctx;
+}
+
+void diffusionz_init_options_init(DiffusionZInitOptions* options) {
+    if (!options) return;
+    *options = {};
+    options->struct_size = sizeof *options;
+    options->device_id = -1;
+    options->cuda_graphs = 1;
+}
+
+int32_t diffusionz_init_with_options(const char* model_path, const DiffusionZInitOptions* options, DiffusionZContext** out) {
+    if (out) *out = nullptr;
+    return guard([&] {
+        if (!model_path) fail(DIFFUSIONZ_E_ARGUMENT, "model_path is NULL");
+        if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
+        check_size("options", options);
+        if (options->num_threads < 0 || options->num_threads > 4096) fail(DIFFUSIONZ_E_ARGUMENT, "num_threads is ", options->num_threads, "; it must be from 0 to 4096");
+        if (options->cuda_graphs != 0 && options->cuda_graphs != 1) fail(DIFFUSIONZ_E_ARGUMENT, "cuda_graphs is ", options->cuda_graphs, "; it must be 0 or 1");
+        const at::Device device = find_device(options->device_id);
+        const Placement placement{device, dtype_of(options->precision, device)};
+        if (options->num_threads > 0) at::set_num_threads(options->num_threads);
+        *out = new DiffusionZContext(model_path, placement);
+    });
+}
+
+void diffusionz_free(DiffusionZContext* ctx) {
+    if (!ctx) return;
+    guard([&] { ctx->engine.drain(); });
+    delete ctx;
+}
+
+const char* diffusionz_model_info(const DiffusionZContext* ctx) { return ctx ? ctx->info.c_str() : nullptr; }
+
+int32_t diffusionz_memory_info(DiffusionZContext* ctx, DiffusionZMemoryInfo* info) {
+    return guard([&] {
+        check_context(ctx);
+        check_size("info", info);
+        info->shared_by = ctx->engine.shared_by();
+        info->weights_bytes = static_cast<int64_t>(ctx->engine.model().nbytes());
+        info->lora_bytes = ctx->engine.lora_bytes();
+    });
+}
+
+DiffusionZResult diffusionz_generate(DiffusionZContext* ctx, const DiffusionZParams* params) {
+    DiffusionZResult result{};
+    if (!params) {
+        remember(DIFFUSIONZ_E_ARGUMENT, "params is NULL");
+        set_failure(result, DIFFUSIONZ_E_ARGUMENT);
+        return result;
+    }
+    DiffusionZRequest request;
+    diffusionz_request_init(&request);
+    request.prompt = params->prompt;
+    request.negative_prompt = params->negative_prompt;
+    request.width = params->width;
+    request.height = params->height;
+    request.num_steps = params->num_steps;
+    request.guidance_scale = params->guidance_scale;
+    request.seed = params->seed;
+    request.lora_path = params->lora_path;
+    request.lora_weight = params->lora_weight;
+    diffusionz_generate_batch(ctx, &request, 1, nullptr, &result);
+    return result;
+}
+
+void diffusionz_free_result(DiffusionZResult* result) {
+    if (!result) return;
+    std::free(result->image_data);
+    std::free(const_cast<char*>(result->error_msg));
+    *result = {};
+}
+
+void diffusionz_request_init(DiffusionZRequest* request) {
+    if (!request) return;
+    *request = {};
+    request->struct_size = sizeof *request;
+    request->width = request->height = 1024;
+    request->num_steps = 8;
+    request->cfg_truncation = 1;
+    request->lora_weight = 1;
+    request->strength = 0.6f;
+    request->format = DIFFUSIONZ_FORMAT_WEBP;
+    request->quality = 90;
+    request->embed_metadata = 1;
+}
+
+int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZRequest* requests, int32_t count, DiffusionZTask* task, DiffusionZResult* results) {
+    constexpr int32_t kCountMax = 1024;
+    const bool writable = results && count >= 1 && count <= kCountMax;
+    if (writable) std::fill_n(results, count, DiffusionZResult{});
+    const int32_t status = guard([&] {
+        Task own;  // for a caller that does not watch
+        Task& watched = task ? task->task : own;
+        check_context(ctx);
+        if (!requests) fail(DIFFUSIONZ_E_ARGUMENT, "requests is NULL");
+        if (!results) fail(DIFFUSIONZ_E_ARGUMENT, "results is NULL");
+        if (count < 1 || count > kCountMax) fail(DIFFUSIONZ_E_ARGUMENT, "count is ", count, "; it must be from 1 to ", kCountMax);
+        for (int32_t i = 0; i < count; ++i) {
+            check_size("request", &requests[i]);
+            ctx->engine.check(requests[i]);
+        }
+        watched.begin(count);
+        // However the call ends, its task is over.
+        const std::unique_ptr<Task, void (*)(Task*)> done(&watched, [](Task* t) { t->enter(DIFFUSIONZ_STAGE_DONE); });
+        const auto pictures = ctx->engine.generate({requests, requests + count}, watched);
+        for (int32_t i = 0; i < count; ++i) {
+            const DiffusionZRequest& request = requests[i];
+            encode(results[i], pictures[static_cast<size_t>(i)].pixels.const_data_ptr<uint8_t>(), request.width, request.height, request.format, request.quality,
+                   request.embed_metadata ? ctx->engine.metadata(request) : std::string());
+        }
+    });
+    if (status != DIFFUSIONZ_OK && writable) {
+        for (int32_t i = 0; i < count; ++i) set_failure(results[i], status);
+    }
+    return status;
+}
+
+DiffusionZTask* diffusionz_task_new(void) { return new (std::nothrow) DiffusionZTask; }
+
+void diffusionz_task_cancel(DiffusionZTask* task) {
+    if (task) task->task.cancel();
+}
+
+int32_t diffusionz_task_progress(const DiffusionZTask* task, DiffusionZProgress* progress) {
+    return guard([&] {
+        if (!task) fail(DIFFUSIONZ_E_ARGUMENT, "task is NULL");
+        check_size("progress", progress);
+        task->task.read(*progress);
+    });
+}
+
+void diffusionz_task_free(DiffusionZTask* task) { delete task; }
+
+int32_t diffusionz_load_lora(DiffusionZContext* ctx, const char* lora_path, float weight) {
+    return guard([&] {
+        check_context(ctx);
+        if (!lora_path) fail(DIFFUSIONZ_E_ARGUMENT, "lora_path is NULL");
+        ctx->engine.load_lora(lora_path, weight);
+    });
+}
+
+int32_t diffusionz_unload_lora(DiffusionZContext* ctx) {
+    return guard([&] {
+        check_context(ctx);
+        ctx->engine.unload_lora();
+    });
+}
+
+int32_t diffusionz_image_encode(const uint8_t* rgb, int32_t width, int32_t height, int32_t format, int32_t quality, const char* metadata_json, DiffusionZResult* out) {
+    if (out) *out = {};
+    const int32_t status = guard([&] {
+        if (!rgb) fail(DIFFUSIONZ_E_ARGUMENT, "rgb is NULL");
+        if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
+        if (width < 1 || height < 1 || int64_t{3} * width * height > INT32_MAX) fail(DIFFUSIONZ_E_ARGUMENT, width, " x ", height, " pixels; both sides must be over 0 and the pixels under 2^31 bytes");
+        if (format < DIFFUSIONZ_FORMAT_WEBP || format > DIFFUSIONZ_FORMAT_RGB) fail(DIFFUSIONZ_E_ARGUMENT, "format is ", format, "; it must be DIFFUSIONZ_FORMAT_* (0 to 3)");
+        if (quality < 0 || quality > 100) fail(DIFFUSIONZ_E_ARGUMENT, "quality is ", quality, "; it must be from 0 to 100");
+        encode(*out, rgb, width, height, format, quality, metadata_json ? metadata_json : "");
+    });
+    if (status != DIFFUSIONZ_OK && out) set_failure(*out, status);
+    return status;
+}
+
+int32_t diffusionz_image_decode(const uint8_t* data, int64_t size_bytes, DiffusionZResult* out) {
+    if (out) *out = {};
+    const int32_t status = guard([&] {
+        if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
+        const Rgb image = decode_image(check_bytes(data, size_bytes));
+        set_image(*out, image.pixels.data(), image.pixels.size(), image.width, image.height);
+    });
+    if (status != DIFFUSIONZ_OK && out) set_failure(*out, status);
+    return status;
+}
+
+int32_t diffusionz_image_metadata(const uint8_t* data, int64_t size_bytes, char** out) {
+    if (out) *out = nullptr;
+    return guard([&] {
+        if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
+        *out = copy_string(read_metadata(check_bytes(data, size_bytes)));
+    });
+}
+
+int32_t diffusionz_request_metadata(const DiffusionZContext* ctx, const DiffusionZRequest* request, char** out) {
+    if (out) *out = nullptr;
+    return guard([&] {
+        check_context(ctx);
+        if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
+        check_size("request", request);
+        ctx->engine.check(*request);
+        *out = copy_string(ctx->engine.metadata(*request));
+    });
+}
+
+}  // extern "C"

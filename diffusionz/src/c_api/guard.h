@@ -1,0 +1,43 @@
+// The boundary: exceptions become a status and a thread-local last error. Nothing outside this folder catches.
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <new>
+
+#include "core/error.h"
+
+namespace diffusionz {
+
+std::string& last_error() noexcept;
+
+// Remembers `message`; with memory gone it is cut rather than thrown over.
+int32_t remember(int32_t status, const char* message) noexcept;
+
+// Runs `body` and gives its status.
+template <class Body>
+int32_t guard(Body&& body) noexcept {
+    last_error().clear();
+    try {
+        body();
+        return DIFFUSIONZ_OK;
+    } catch (const Error& e) {
+        return remember(e.status(), e.what());
+    } catch (const c10::OutOfMemoryError& e) {
+        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, e.what_without_backtrace());
+    } catch (const c10::Error& e) {
+        // LibTorch's host allocator has no type of its own for this.
+        const std::string what = e.what_without_backtrace();
+        if (what.find("DefaultCPUAllocator") != std::string::npos) return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, what.c_str());
+        if (what.find("CUDA error") != std::string::npos) return remember(DIFFUSIONZ_E_DEVICE, what.c_str());
+        return remember(DIFFUSIONZ_E_INTERNAL, what.c_str());
+    } catch (const std::bad_alloc&) {
+        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, "the host is out of memory");
+    } catch (const std::exception& e) {
+        return remember(DIFFUSIONZ_E_INTERNAL, e.what());
+    } catch (...) {
+        return remember(DIFFUSIONZ_E_INTERNAL, "an exception of unknown type");
+    }
+}
+
+}  // namespace diffusionz

@@ -1,0 +1,93 @@
+#include "core/device.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <string>
+
+#include "core/error.h"
+
+#ifdef DIFFUSIONZ_WITH_CUDA
+#include <c10/cuda/CUDAFunctions.h>
+#include <cuda_runtime_api.h>
+#endif
+
+namespace diffusionz {
+namespace {
+
+// A line "key : value" of a /proc file, "" when there is none.
+std::string proc_value(const char* file, const std::string& key) {
+    std::ifstream lines(file);
+    for (std::string line; std::getline(lines, line);) {
+        if (line.rfind(key, 0) != 0) continue;
+        const size_t begin = line.find_first_not_of(" \t", line.find(':') + 1);
+        return begin == std::string::npos ? "" : line.substr(begin);
+    }
+    return "";
+}
+
+}  // namespace
+
+int32_t cuda_device_count() {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    return c10::cuda::device_count();  // 0, without an exception, where there is no driver
+#else
+    return 0;
+#endif
+}
+
+at::Device find_device(int32_t device_id) {
+    if (device_id == -1) return at::Device(at::kCPU);
+    const int32_t count = cuda_device_count();
+    if (device_id < -1 || device_id >= count) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+        fail(DIFFUSIONZ_E_DEVICE, "device_id is ", device_id, "; allowed are -1 (the CPU) and 0 to ", count - 1, " (CUDA devices here: ", count, ")");
+#else
+        fail(DIFFUSIONZ_E_DEVICE, "device_id is ", device_id, "; this library was built without CUDA: only -1, the CPU, is allowed");
+#endif
+    }
+    return at::Device(at::kCUDA, static_cast<at::DeviceIndex>(device_id));
+}
+
+void describe_device(int32_t device_id, DiffusionZDeviceInfo& info) {
+    const at::Device device = find_device(device_id);
+    info.device_id = device_id;
+    std::string name = proc_value("/proc/cpuinfo", "model name");
+    if (device.is_cpu()) {
+        const int64_t page = ::sysconf(_SC_PAGESIZE);
+        info.memory_total_bytes = page * ::sysconf(_SC_PHYS_PAGES);
+        // "MemAvailable: 123 kB" counts caches that the kernel would give back.
+        const std::string available = proc_value("/proc/meminfo", "MemAvailable");
+        info.memory_free_bytes = available.empty() ? page * ::sysconf(_SC_AVPHYS_PAGES) : std::stoll(available) * 1024;
+        info.compute_capability = 0;
+    }
+#ifdef DIFFUSIONZ_WITH_CUDA
+    if (device.is_cuda()) {
+        cudaDeviceProp properties{};
+        size_t free_bytes = 0, total_bytes = 0;
+        const c10::DeviceIndex before = c10::cuda::current_device();
+        c10::cuda::set_device(device.index());
+        cudaError_t error = cudaGetDeviceProperties(&properties, device.index());
+        if (error == cudaSuccess) error = cudaMemGetInfo(&free_bytes, &total_bytes);
+        c10::cuda::set_device(before);
+        if (error != cudaSuccess) fail(DIFFUSIONZ_E_DEVICE, "CUDA device ", device_id, ": ", cudaGetErrorString(error));
+        name = properties.name;
+        info.memory_total_bytes = static_cast<int64_t>(total_bytes);
+        info.memory_free_bytes = static_cast<int64_t>(free_bytes);
+        info.compute_capability = properties.major * 10 + properties.minor;
+    }
+#endif
+    std::snprintf(info.name, sizeof info.name, "%s", name.c_str());
+}
+
+void synchronize(at::Device device) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    if (device.is_cuda()) c10::cuda::device_synchronize();
+#else
+    (void)device;
+#endif
+}
+
+}  // namespace diffusionz

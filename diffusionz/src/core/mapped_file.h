@@ -1,0 +1,33 @@
+// A file mapped read-only into memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <string_view>
+
+namespace diffusionz {
+
+class MappedFile {
+public:
+    // Fails with `status` when the file is missing, unreadable, empty or no regular file.
+    MappedFile(const std::filesystem::path& path, int32_t status);
+    ~MappedFile();
+    MappedFile(const MappedFile&) = delete;
+    MappedFile& operator=(const MappedFile&) = delete;
+
+    const uint8_t* data() const { return data_; }
+    size_t size_bytes() const { return size_bytes_; }
+    std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_bytes_}; }
+    const std::filesystem::path& path() const { return path_; }
+
+    // Tells the kernel that the pages under [data, data + size_bytes) are not needed soon. They stay readable: the file backs them.
+    static void release_pages(const void* data, size_t size_bytes);
+
+private:
+    std::filesystem::path path_;
+    const uint8_t* data_ = nullptr;
+    size_t size_bytes_ = 0;
+};
+
+}  // namespace diffusionz

@@ -1,0 +1,63 @@
+// Progress and cancelling of one call, shared between the thread that runs it and those that watch.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+#include "core/error.h"
+
+namespace diffusionz {
+
+class Task {
+public:
+    // Marks the task as taken by a call. Fails with E_ARGUMENT the second time.
+    void begin(int32_t image_count) {
+        if (used_.exchange(true)) fail(DIFFUSIONZ_E_ARGUMENT, "the task has served a call already; each call needs a new one");
+        image_count_ = image_count;
+        entered_ = Clock::now();
+        stage_ = DIFFUSIONZ_STAGE_QUEUED;
+    }
+
+    // The running call only: moves to `stage` and books the time since the last move to the stage left.
+    void enter(int32_t stage) {
+        const auto now = Clock::now();
+        auto& spent = stage_ms_[static_cast<size_t>(stage_.load())];
+        spent = spent + std::chrono::duration<float, std::milli>(now - entered_).count();
+        entered_ = now;
+        stage_ = stage;
+    }
+    void set_step_count(int32_t count) { step_count_ = count; }
+    void add_step() { ++step_; }
+    void add_image() { ++image_; }
+
+    void cancel() { cancelled_ = true; }
+    bool cancelled() const { return cancelled_; }
+    // Fails with E_CANCELLED when cancel was called.
+    void check() const {
+        if (cancelled_) fail(DIFFUSIONZ_E_CANCELLED, "cancelled after ", step_.load(), " of ", step_count_.load(), " steps");
+    }
+
+    void read(DiffusionZProgress& progress) const {
+        progress.stage = stage_;
+        progress.step = step_;
+        progress.step_count = step_count_;
+        progress.image = image_;
+        progress.image_count = image_count_;
+        progress.queue_ms = stage_ms_[DIFFUSIONZ_STAGE_QUEUED];
+        progress.text_ms = stage_ms_[DIFFUSIONZ_STAGE_TEXT];
+        progress.denoise_ms = stage_ms_[DIFFUSIONZ_STAGE_DENOISE];
+        progress.decode_ms = stage_ms_[DIFFUSIONZ_STAGE_DECODE];
+    }
+
+private:
+    using Clock = std::chrono::steady_clock;
+
+    std::atomic<bool> used_{false}, cancelled_{false};
+    std::atomic<int32_t> stage_{DIFFUSIONZ_STAGE_IDLE}, step_{0}, step_count_{0}, image_{0}, image_count_{0};
+    std::array<std::atomic<float>, DIFFUSIONZ_STAGE_DONE + 1> stage_ms_{};
+    Clock::time_point entered_;
+};
+
+}  // namespace diffusionz

@@ -1,0 +1,45 @@
+// Turns the tensors of a checkpoint into at::Tensors of one device and dtype, checking every shape.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+
+#include "core/checkpoint.h"
+
+namespace diffusionz {
+
+// Where a model lives and in which precision it computes.
+struct Placement {
+    at::Device device = at::kCPU;
+    at::ScalarType dtype = at::kFloat;
+};
+
+class Weights {
+public:
+    Weights(std::shared_ptr<const Checkpoint> checkpoint, Placement placement, std::string prefix = "")
+        : checkpoint_(std::move(checkpoint)), placement_(placement), prefix_(std::move(prefix)) {}
+
+    // The tensor `name` below this prefix, of exactly `shape` (-1 matches any size). On the CPU it points into the mapped file where
+    // dtype and alignment allow. Fails with E_MODEL.
+    at::Tensor get(const std::string& name, const std::vector<int64_t>& shape) const;
+    bool has(const std::string& name) const { return checkpoint_->has(prefix_ + name); }
+    // The stored shape. Fails with E_MODEL.
+    const std::vector<int64_t>& shape(const std::string& name) const { return checkpoint_->at(prefix_ + name).shape; }
+    // As stored, on the host, whatever the placement.
+    at::Tensor get_on_host(const std::string& name, const std::vector<int64_t>& shape) const;
+    Weights below(const std::string& prefix) const { return Weights(checkpoint_, placement_, prefix_ + prefix); }
+    const Placement& placement() const { return placement_; }
+    const Checkpoint& checkpoint() const { return *checkpoint_; }
+
+private:
+    std::shared_ptr<const Checkpoint> checkpoint_;
+    Placement placement_;
+    std::string prefix_;
+};
+
+// A view as a tensor that keeps `owner` alive; copied when its address is not aligned for its dtype. E_MODEL for dtypes that are no floating point.
+at::Tensor as_tensor(const TensorView& view, std::shared_ptr<const void> owner, const std::string& name, int32_t status);
+
+}  // namespace diffusionz

@@ -1,0 +1,118 @@
+#include "zimage/text_encoder.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include "core/error.h"
+#include "ops/attention.h"
+#include "ops/norm.h"
+
+namespace diffusionz {
+
+TextEncoderConfig TextEncoderConfig::from_json(const JsonFile& json) {
+    const std::string type = json.text("model_type", "qwen3");
+    if (type != "qwen3") fail(DIFFUSIONZ_E_MODEL, json.name(), ": model_type is '", type, "'; Z-Image's text encoder is qwen3");
+    TextEncoderConfig config;
+    config.hidden_size = json.integer("hidden_size", config.hidden_size, 1, 1 << 16);
+    config.num_layers = json.integer("num_hidden_layers", config.num_layers, 1, 1024);
+    config.num_heads = json.integer("num_attention_heads", config.num_heads, 1, 1024);
+    config.num_kv_heads = json.integer("num_key_value_heads", config.num_heads, 1, 1024);
+    config.head_dim = json.integer("head_dim", config.hidden_size / config.num_heads, 2, 1024);
+    config.intermediate_size = json.integer("intermediate_size", config.intermediate_size, 1, 1 << 20);
+    config.vocab_size = json.integer("vocab_size", config.vocab_size, 1, 1 << 24);
+    config.rms_norm_eps = json.number("rms_norm_eps", config.rms_norm_eps, 0, 1);
+    config.attention_bias = json.boolean("attention_bias", false);
+    // transformers 5 nests the rotary parameters, earlier versions do not.
+    const JsonFile rope = json.child("rope_parameters");
+    config.rope_theta = rope.number("rope_theta", json.number("rope_theta", 1e4, 1, 1e12), 1, 1e12);
+    const std::string rope_type = rope.text("rope_type", "default");
+    if (rope_type != "default" || !json.child("rope_scaling").object().empty()) {
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": rotary embeddings of type '", rope_type, "' or with rope_scaling are not supported; allowed is 'default'");
+    }
+    if (json.boolean("use_sliding_window", false)) fail(DIFFUSIONZ_E_MODEL, json.name(), ": use_sliding_window is not supported");
+    const std::string activation = json.text("hidden_act", "silu");
+    if (activation != "silu") fail(DIFFUSIONZ_E_MODEL, json.name(), ": hidden_act is '", activation, "'; it must be silu");
+    if (config.num_heads % config.num_kv_heads != 0 || config.head_dim % 2 != 0) {
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": ", config.num_heads, " heads, ", config.num_kv_heads, " key-value heads and head_dim ", config.head_dim,
+             " do not fit together");
+    }
+    return config;
+}
+
+TextEncoderConfig TextEncoderConfig::from_shapes(const Checkpoint& checkpoint) {
+    TextEncoderConfig config;
+    const std::string first = "layers.0.self_attn.";
+    config.vocab_size = checkpoint.at("embed_tokens.weight").shape.at(0);
+    config.hidden_size = checkpoint.at("embed_tokens.weight").shape.at(1);
+    config.head_dim = checkpoint.at(first + "q_norm.weight").shape.at(0);
+    config.num_heads = checkpoint.at(first + "q_proj.weight").shape.at(0) / config.head_dim;
+    config.num_kv_heads = checkpoint.at(first + "k_proj.weight").shape.at(0) / config.head_dim;
+    config.intermediate_size = checkpoint.at("layers.0.mlp.gate_proj.weight").shape.at(0);
+    config.attention_bias = checkpoint.has(first + "q_proj.bias");
+    config.num_layers = 0;
+    while (checkpoint.has(concat("layers.", config.num_layers, ".input_layernorm.weight"))) ++config.num_layers;
+    return config;
+}
+
+TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights) : config_(config), placement_(weights.placement()) {
+    const int64_t width = config.hidden_size, d = config.head_dim;
+    embedding_ = weights.get_on_host("embed_tokens.weight", {config.vocab_size, width});
+    for (int64_t i = 0; i + 1 < config.num_layers; ++i) {
+        const Weights layer = weights.below(concat("layers.", i, "."));
+        const Weights attention = layer.below("self_attn.");
+        const auto projection = [&](const char* name, int64_t heads) { return attention.get(concat(name, "_proj.weight"), {heads * d, width}); };
+        const auto bias = [&](const char* name, int64_t heads) { return attention.get(concat(name, "_proj.bias"), {heads * d}); };
+        at::Tensor qkv_bias, out_bias;
+        if (config.attention_bias) {
+            qkv_bias = at::cat({bias("q", config.num_heads), bias("k", config.num_kv_heads), bias("v", config.num_kv_heads)});
+            out_bias = attention.get("o_proj.bias", {width});
+        }
+        layers_.push_back({
+            Linear(at::cat({projection("q", config.num_heads), projection("k", config.num_kv_heads), projection("v", config.num_kv_heads)}), qkv_bias),
+            Linear(attention.get("o_proj.weight", {width, config.num_heads * d}), out_bias),
+            Linear(at::cat({layer.get("mlp.gate_proj.weight", {config.intermediate_size, width}),
+                            layer.get("mlp.up_proj.weight", {config.intermediate_size, width})})),
+            Linear(layer.get("mlp.down_proj.weight", {width, config.intermediate_size})),
+            layer.get("input_layernorm.weight", {width}),
+            layer.get("post_attention_layernorm.weight", {width}),
+            attention.get("q_norm.weight", {d}),
+            attention.get("k_norm.weight", {d}),
+        });
+    }
+}
+
+at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
+    for (const int32_t id : ids) {
+        if (id < 0 || id >= config_.vocab_size) {
+            fail(DIFFUSIONZ_E_MODEL, "the tokenizer gives id ", id, ", the text encoder has ", config_.vocab_size, " embeddings: they belong to different models");
+        }
+    }
+    const auto tokens = static_cast<int64_t>(ids.size());
+    const int64_t d = config_.head_dim, heads = config_.num_heads, kv_heads = config_.num_kv_heads;
+    const at::Tensor index = at::tensor(ids, at::kInt);
+    at::Tensor x = embedding_.index_select(0, index).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype)).unsqueeze(0);
+
+    const auto f32 = at::TensorOptions().dtype(at::kFloat);
+    const at::Tensor inverse_frequencies = at::reciprocal(at::pow(config_.rope_theta, at::arange(0, d, 2, f32) / d));
+    const at::Tensor angles = at::outer(at::arange(tokens, f32), inverse_frequencies);
+    const at::Tensor both = at::cat({angles, angles}, -1);
+    const at::Tensor cos = both.cos().to(x.options()), sin = both.sin().to(x.options());
+
+    for (const Layer& layer : layers_) {
+        const auto qkv = layer.qkv(rms_norm(x, layer.input_norm, config_.rms_norm_eps)).split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
+        const at::Tensor q = rope_halves(rms_norm(qkv[0].unflatten(-1, {heads, d}), layer.q_norm, config_.rms_norm_eps), cos, sin);
+        const at::Tensor k = rope_halves(rms_norm(qkv[1].unflatten(-1, {kv_heads, d}), layer.k_norm, config_.rms_norm_eps), cos, sin);
+        x = x + layer.out(attention(q, k, qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/true));
+        const auto gate_up = layer.gate_up(rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps)).chunk(2, -1);
+        x = x + layer.down(at::silu(gate_up[0]) * gate_up[1]);
+    }
+    return x.squeeze(0);
+}
+
+size_t TextEncoder::nbytes() const {
+    size_t total = embedding_.nbytes();
+    for (const Layer& layer : layers_) total += layer.qkv.nbytes() + layer.out.nbytes() + layer.gate_up.nbytes() + layer.down.nbytes();
+    return total;
+}
+
+}  // namespace diffusionz

@@ -1,0 +1,54 @@
+// Qwen3 as Z-Image's text encoder: token ids to the hidden states before the last layer.
+// Reference: transformers' Qwen3Model, `hidden_states[-2]`, causal, without padding.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "core/json_file.h"
+#include "core/weights.h"
+#include "ops/linear.h"
+
+namespace diffusionz {
+
+struct TextEncoderConfig {
+    int64_t hidden_size = 2560;
+    int64_t num_layers = 36;
+    int64_t num_heads = 32;
+    int64_t num_kv_heads = 8;
+    int64_t head_dim = 128;
+    int64_t intermediate_size = 9728;
+    int64_t vocab_size = 151936;
+    double rms_norm_eps = 1e-6;
+    double rope_theta = 1e6;
+    bool attention_bias = false;
+
+    static TextEncoderConfig from_json(const JsonFile& json);
+    // From the tensors' shapes, with Qwen3's constants, for files that come without a config.
+    static TextEncoderConfig from_shapes(const Checkpoint& checkpoint);
+};
+
+class TextEncoder {
+public:
+    TextEncoder(const TextEncoderConfig& config, const Weights& weights);
+
+    // Features [tokens, hidden_size] of `ids`, on the model's device.
+    at::Tensor encode(const std::vector<int32_t>& ids) const;
+
+    const TextEncoderConfig& config() const { return config_; }
+    size_t nbytes() const;
+
+private:
+    struct Layer {
+        Linear qkv, out, gate_up, down;
+        at::Tensor input_norm, post_attention_norm, q_norm, k_norm;
+    };
+
+    TextEncoderConfig config_;
+    Placement placement_;
+    at::Tensor embedding_;  // [vocab, hidden], on the host as stored: only a prompt's rows are ever needed on the device
+    std::vector<Layer> layers_;  // all but the last, whose output Z-Image does not use
+};
+
+}  // namespace diffusionz

@@ -1,0 +1,243 @@
+#include "zimage/transformer.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include <cmath>
+#include <numeric>
+
+#include "core/error.h"
+#include "ops/attention.h"
+#include "ops/norm.h"
+
+namespace diffusionz {
+namespace {
+
+constexpr int64_t kAdalnDim = 256;             // or dim where that is smaller
+constexpr int64_t kTimeFrequencies = 256;      // sinusoid's width
+constexpr double kTimeMaxPeriod = 10000;
+
+int64_t padding_of(int64_t tokens) { return (Transformer::kTokensMultiple - tokens % Transformer::kTokensMultiple) % Transformer::kTokensMultiple; }
+
+}  // namespace
+
+TransformerConfig TransformerConfig::from_json(const JsonFile& json) {
+    const std::string type = json.text("_class_name", "ZImageTransformer2DModel");
+    if (type != "ZImageTransformer2DModel") fail(DIFFUSIONZ_E_MODEL, json.name(), ": _class_name is '", type, "'; it must be ZImageTransformer2DModel");
+    TransformerConfig config;
+    config.in_channels = json.integer("in_channels", config.in_channels, 1, 1024);
+    config.dim = json.integer("dim", config.dim, 1, 1 << 16);
+    config.num_layers = json.integer("n_layers", config.num_layers, 1, 1024);
+    config.num_refiner_layers = json.integer("n_refiner_layers", config.num_refiner_layers, 0, 1024);
+    config.num_heads = json.integer("n_heads", config.num_heads, 1, 1024);
+    config.num_kv_heads = json.integer("n_kv_heads", config.num_heads, 1, 1024);
+    config.caption_dim = json.integer("cap_feat_dim", config.caption_dim, 1, 1 << 16);
+    config.norm_eps = json.number("norm_eps", config.norm_eps, 0, 1);
+    config.qk_norm = json.boolean("qk_norm", config.qk_norm);
+    config.rope_theta = json.number("rope_theta", config.rope_theta, 1, 1e12);
+    config.t_scale = json.number("t_scale", config.t_scale, 0, 1e9);
+    config.axes_dims = json.integers("axes_dims", config.axes_dims, 2, 1024);
+    config.axes_lens = json.integers("axes_lens", {1024, 512, 512}, 1, 1 << 20);
+    if (json.integers("all_patch_size", {2}, 1, 64) != std::vector<int64_t>{Transformer::kPatch} || json.integers("all_f_patch_size", {1}, 1, 64) != std::vector<int64_t>{1}) {
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": all_patch_size must be [2] and all_f_patch_size [1]");
+    }
+    if (json.has("siglip_feat_dim")) fail(DIFFUSIONZ_E_MODEL, json.name(), ": a Z-Image-Omni model (siglip_feat_dim) is not supported");
+    const int64_t sum = std::accumulate(config.axes_dims.begin(), config.axes_dims.end(), int64_t{0});
+    bool even = config.axes_dims.size() == 3 && config.axes_lens.size() == 3;
+    for (const int64_t axis : config.axes_dims) even = even && axis % 2 == 0;
+    if (config.dim % config.num_heads != 0 || config.num_heads % config.num_kv_heads != 0 || !even || sum != config.head_dim()) {
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": dim ", config.dim, ", n_heads ", config.num_heads, ", n_kv_heads ", config.num_kv_heads, ", axes_dims ",
+             shape_text(config.axes_dims), " do not fit together: heads divide dim, key-value heads divide heads, three even axes add up to dim / n_heads");
+    }
+    return config;
+}
+
+TransformerConfig TransformerConfig::from_shapes(const Checkpoint& checkpoint) {
+    TransformerConfig config;
+    const std::string block = "layers.0.attention.";
+    config.dim = checkpoint.at("all_x_embedder.2-1.weight").shape.at(0);
+    config.in_channels = checkpoint.at("all_x_embedder.2-1.weight").shape.at(1) / (Transformer::kPatch * Transformer::kPatch);
+    config.caption_dim = checkpoint.at("cap_embedder.1.weight").shape.at(1);
+    const int64_t head_dim = checkpoint.at(block + "norm_q.weight").shape.at(0);
+    config.num_heads = checkpoint.at(block + "to_q.weight").shape.at(0) / head_dim;
+    config.num_kv_heads = checkpoint.at(block + "to_k.weight").shape.at(0) / head_dim;
+    config.axes_dims = {head_dim / 4, head_dim / 8 * 3, head_dim / 8 * 3};  // (32, 48, 48) of 128
+    config.num_layers = config.num_refiner_layers = 0;
+    while (checkpoint.has(concat("layers.", config.num_layers, ".attention_norm1.weight"))) ++config.num_layers;
+    while (checkpoint.has(concat("noise_refiner.", config.num_refiner_layers, ".attention_norm1.weight"))) ++config.num_refiner_layers;
+    return config;
+}
+
+Transformer::Transformer(const TransformerConfig& config, const Weights& weights) : config_(config), placement_(weights.placement()) {
+    const int64_t dim = config.dim, adaln = std::min(dim, kAdalnDim), patch = kPatch * kPatch * config.in_channels;
+    const auto linear = [&](const std::string& name, int64_t out, int64_t in) {
+        return Linear(weights.get(name + ".weight", {out, in}), weights.get(name + ".bias", {out}));
+    };
+    image_embedder_ = linear("all_x_embedder.2-1", dim, patch);
+    caption_norm_ = weights.get("cap_embedder.0.weight", {config.caption_dim});
+    caption_embedder_ = linear("cap_embedder.1", dim, config.caption_dim);
+    const int64_t time_hidden = weights.shape("t_embedder.mlp.0.weight").at(0);
+    time_mlp0_ = linear("t_embedder.mlp.0", time_hidden, kTimeFrequencies);
+    time_mlp2_ = linear("t_embedder.mlp.2", adaln, time_hidden);
+    final_linear_ = linear("all_final_layer.2-1.linear", patch, dim);
+    final_modulation_ = linear("all_final_layer.2-1.adaLN_modulation.1", dim, adaln);
+    image_pad_ = weights.get("x_pad_token", {1, dim});
+    caption_pad_ = weights.get("cap_pad_token", {1, dim});
+
+    const auto load = [&](std::vector<Block>& blocks, const char* name, int64_t count, bool modulated) {
+        for (int64_t i = 0; i < count; ++i) blocks.push_back(load_block(weights.below(concat(name, '.', i, '.')), modulated));
+        for (int64_t i = 0; i < count; ++i) add_lora_targets(concat(name, '.', i), blocks[static_cast<size_t>(i)]);
+    };
+    load(noise_refiner_, "noise_refiner", config.num_refiner_layers, true);
+    load(context_refiner_, "context_refiner", config.num_refiner_layers, false);
+    load(layers_, "layers", config.num_layers, true);
+
+    const auto target = [&](const std::string& name, const Linear& layer) { lora_targets_.push_back({name, {&layer, 0, layer.out_features()}}); };
+    target("all_x_embedder.2-1", image_embedder_), target("x_embedder", image_embedder_);
+    target("cap_embedder.1", caption_embedder_);
+    target("t_embedder.mlp.0", time_mlp0_), target("t_embedder.mlp.2", time_mlp2_);
+    target("all_final_layer.2-1.linear", final_linear_), target("final_layer.linear", final_linear_);
+    target("all_final_layer.2-1.adaLN_modulation.1", final_modulation_), target("final_layer.adaLN_modulation.1", final_modulation_);
+
+    // Angles in float64, rounded once: bfloat16 or float32 frequencies lose a quarter turn at position 500.
+    const auto f64 = at::TensorOptions().dtype(at::kDouble);
+    for (size_t axis = 0; axis < config.axes_dims.size(); ++axis) {
+        const int64_t d = config.axes_dims[axis];
+        const at::Tensor frequencies = at::reciprocal(at::pow(config.rope_theta, at::arange(0, d, 2, f64) / d));
+        const at::Tensor angles = at::outer(at::arange(config.axes_lens[axis], f64), frequencies).to(at::kFloat);
+        axis_tables_.push_back(at::polar(at::ones_like(angles), angles));
+    }
+}
+
+Transformer::Block Transformer::load_block(const Weights& weights, bool modulated) const {
+    const int64_t dim = config_.dim, ffn = config_.ffn_dim(), d = config_.head_dim(), kv = config_.num_kv_heads * d;
+    Block block;
+    block.qkv = Linear(at::cat({weights.get("attention.to_q.weight", {dim, dim}), weights.get("attention.to_k.weight", {kv, dim}), weights.get("attention.to_v.weight", {kv, dim})}));
+    block.out = Linear(weights.get("attention.to_out.0.weight", {dim, dim}));
+    block.w13 = Linear(at::cat({weights.get("feed_forward.w1.weight", {ffn, dim}), weights.get("feed_forward.w3.weight", {ffn, dim})}));
+    block.w2 = Linear(weights.get("feed_forward.w2.weight", {dim, ffn}));
+    block.attention_norm1 = weights.get("attention_norm1.weight", {dim});
+    block.attention_norm2 = weights.get("attention_norm2.weight", {dim});
+    block.ffn_norm1 = weights.get("ffn_norm1.weight", {dim});
+    block.ffn_norm2 = weights.get("ffn_norm2.weight", {dim});
+    if (config_.qk_norm) {
+        block.q_norm = weights.get("attention.norm_q.weight", {d});
+        block.k_norm = weights.get("attention.norm_k.weight", {d});
+    }
+    block.modulated = modulated;
+    if (modulated) {
+        const int64_t adaln = std::min(dim, kAdalnDim);
+        block.modulation = Linear(weights.get("adaLN_modulation.0.weight", {4 * dim, adaln}), weights.get("adaLN_modulation.0.bias", {4 * dim}));
+    }
+    return block;
+}
+
+void Transformer::add_lora_targets(const std::string& name, const Block& block) {
+    const int64_t dim = config_.dim, kv = config_.num_kv_heads * config_.head_dim(), ffn = config_.ffn_dim();
+    const auto add = [&](const std::string& module, const Linear& linear, int64_t row_begin, int64_t rows) {
+        lora_targets_.push_back({name + "." + module, {&linear, row_begin, rows}});
+    };
+    add("attention.to_q", block.qkv, 0, dim);
+    add("attention.to_k", block.qkv, dim, kv);
+    add("attention.to_v", block.qkv, dim + kv, kv);
+    add("attention.qkv", block.qkv, 0, dim + 2 * kv);
+    add("attention.to_out.0", block.out, 0, dim);
+    add("attention.out", block.out, 0, dim);
+    add("feed_forward.w1", block.w13, 0, ffn);
+    add("feed_forward.w3", block.w13, ffn, ffn);
+    add("feed_forward.w2", block.w2, 0, dim);
+    if (block.modulated) add("adaLN_modulation.0", block.modulation, 0, 4 * dim);
+}
+
+at::Tensor Transformer::run_block(const Block& block, const at::Tensor& x, const at::Tensor& rope, const at::Tensor& time_features, int64_t keep,
+                                  const LoraPairs* lora) const {
+    const int64_t d = config_.head_dim(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
+    at::Tensor scale_attention, gate_attention, scale_ffn, gate_ffn;
+    if (block.modulated) {
+        const auto parts = block.modulation(time_features, lora).unsqueeze(1).chunk(4, 2);
+        scale_attention = parts[0] + 1, gate_attention = parts[1].tanh(), scale_ffn = parts[2] + 1, gate_ffn = parts[3].tanh();
+    }
+    const auto modulated = [](at::Tensor value, const at::Tensor& factor) { return factor.defined() ? value.mul_(factor) : value; };
+
+    const auto qkv = block.qkv(modulated(rms_norm(x, block.attention_norm1, config_.norm_eps), scale_attention), lora)
+                         .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
+    at::Tensor q = qkv[0].narrow(1, 0, keep).unflatten(-1, {heads, d}), k = qkv[1].unflatten(-1, {kv_heads, d});
+    if (block.q_norm.defined()) {
+        constexpr double kQkNormEps = 1e-5;  // fixed in the reference, whatever norm_eps is
+        q = rms_norm(q, block.q_norm, kQkNormEps), k = rms_norm(k, block.k_norm, kQkNormEps);
+    }
+    const at::Tensor attended = attention(rope_interleaved(q, rope.narrow(0, 0, keep)), rope_interleaved(k, rope),
+                                          qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/false);
+    at::Tensor y = x.narrow(1, 0, keep) + modulated(rms_norm(block.out(attended, lora), block.attention_norm2, config_.norm_eps), gate_attention);
+
+    const auto gate_up = block.w13(modulated(rms_norm(y, block.ffn_norm1, config_.norm_eps), scale_ffn), lora).chunk(2, -1);
+    const at::Tensor down = block.w2(at::silu(gate_up[0]).mul_(gate_up[1]), lora);
+    return y.add_(modulated(rms_norm(down, block.ffn_norm2, config_.norm_eps), gate_ffn));
+}
+
+at::Tensor Transformer::embed_time(float time, const LoraPairs* lora) const {
+    const auto f32 = at::TensorOptions().dtype(at::kFloat);
+    constexpr int64_t half = kTimeFrequencies / 2;
+    const at::Tensor frequencies = at::exp(at::arange(half, f32) * (-std::log(kTimeMaxPeriod)) / half);
+    const at::Tensor angles = (frequencies * (time * static_cast<float>(config_.t_scale))).unsqueeze(0);
+    const at::Tensor features = at::cat({angles.cos(), angles.sin()}, -1).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
+    return time_mlp2_(at::silu(time_mlp0_(features, lora)), lora);
+}
+
+at::Tensor Transformer::refine_caption(const at::Tensor& features, const LoraPairs* lora) const {
+    const int64_t tokens = features.size(0), padded = tokens + padding_of(tokens);
+    if (padded + 1 >= config_.axes_lens[0]) fail(DIFFUSIONZ_E_ARGUMENT, "the prompt has ", tokens, " tokens; this model's position table ends at ", config_.axes_lens[0]);
+    at::Tensor x = caption_embedder_(rms_norm(features, caption_norm_, config_.norm_eps), lora);
+    x = at::cat({x, caption_pad_.expand({padded - tokens, config_.dim})}).unsqueeze(0);
+    const at::Tensor rope = positions(kPatch, kPatch, padded).unified.narrow(0, kTokensMultiple, padded);
+    for (const Block& block : context_refiner_) x = run_block(block, x, rope, {}, padded, lora);
+    return x;
+}
+
+Transformer::Positions Transformer::positions(int64_t latent_height, int64_t latent_width, int64_t caption_tokens) const {
+    const int64_t rows = latent_height / kPatch, columns = latent_width / kPatch, tokens = rows * columns;
+    const auto table = [&](const at::Tensor& frame, const at::Tensor& row, const at::Tensor& column) {
+        return at::cat({axis_tables_[0].index_select(0, frame), axis_tables_[1].index_select(0, row), axis_tables_[2].index_select(0, column)}, -1);
+    };
+    const auto i64 = at::TensorOptions().dtype(at::kLong);
+    // The caption counts 1, 2, ... through its padding; the image is one frame after it; the image's padding sits at the origin.
+    const at::Tensor index = at::arange(tokens, i64);
+    const at::Tensor zeros = at::zeros({padding_of(tokens)}, i64);
+    const at::Tensor image = table(at::cat({at::full({tokens}, caption_tokens + 1, i64), zeros}), at::cat({index.div(columns, "floor"), zeros}),
+                                   at::cat({index.remainder(columns), zeros}));
+    const at::Tensor none = at::zeros({caption_tokens}, i64);
+    const at::Tensor caption = table(at::arange(1, caption_tokens + 1, i64), none, none);
+    return {image.to(placement_.device), at::cat({image, caption}).to(placement_.device)};
+}
+
+at::Tensor Transformer::forward(const at::Tensor& latents, float time, const at::Tensor& caption, const Positions& positions, const LoraPairs* lora) const {
+    const int64_t batch = latents.size(0), channels = latents.size(1), rows = latents.size(2) / kPatch, columns = latents.size(3) / kPatch;
+    const int64_t tokens = rows * columns, padding = padding_of(tokens);
+    const at::Tensor time_features = embed_time(time, lora);
+
+    const at::Tensor patches = latents.to(placement_.dtype).reshape({batch, channels, rows, kPatch, columns, kPatch}).permute({0, 2, 4, 3, 5, 1}).reshape({batch, tokens, -1});
+    at::Tensor x = image_embedder_(patches, lora);
+    if (padding) x = at::cat({x, image_pad_.expand({batch, padding, config_.dim})}, 1);
+    for (const Block& block : noise_refiner_) x = run_block(block, x, positions.image, time_features, tokens + padding, lora);
+
+    x = at::cat({x, caption}, 1);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        // Only the image's tokens are read after the last layer.
+        const int64_t keep = i + 1 == layers_.size() ? tokens : x.size(1);
+        x = run_block(layers_[i], x, positions.unified, time_features, keep, lora);
+    }
+
+    const at::Tensor scale = final_modulation_(at::silu(time_features), lora).add_(1).unsqueeze(1);
+    const at::Tensor out = final_linear_(at::layer_norm(x, {config_.dim}, {}, {}, 1e-6) * scale, lora);
+    return out.to(at::kFloat).reshape({batch, rows, columns, kPatch, kPatch, channels}).permute({0, 5, 1, 3, 2, 4}).reshape(latents.sizes());
+}
+
+size_t Transformer::nbytes() const {
+    size_t total = image_embedder_.nbytes() + caption_embedder_.nbytes() + time_mlp0_.nbytes() + time_mlp2_.nbytes() + final_linear_.nbytes() + final_modulation_.nbytes();
+    for (const auto* blocks : {&noise_refiner_, &context_refiner_, &layers_}) {
+        for (const Block& block : *blocks) total += block.qkv.nbytes() + block.out.nbytes() + block.w13.nbytes() + block.w2.nbytes() + block.modulation.nbytes();
+    }
+    return total;
+}
+
+}  // namespace diffusionz
