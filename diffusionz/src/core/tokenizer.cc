@@ -39,7 +39,8 @@ public:
     explicit Reader(const std::string& name) : name_(name) {}
 
     json document;
-    std::unordered_map<std::string, int32_t> vocabulary;
+    Vocabulary vocabulary;
+    int32_t id_max = 0;
     std::vector<std::array<std::string, 2>> merges;
 
     bool null() override { return scalar(nullptr); }
@@ -51,8 +52,9 @@ public:
     bool number_unsigned(number_unsigned_t value) override {
         if (part_ != Part::kVocabulary) return scalar(value);
         if (value > kIdMax) fail(DIFFUSIONZ_E_MODEL, name_, ": token '", key_, "' has id ", value, "; at most ", kIdMax, " is allowed");
-        if (!vocabulary.emplace(std::move(key_), static_cast<int32_t>(value)).second)
-            fail(DIFFUSIONZ_E_MODEL, name_, ": the vocabulary has one token twice, the second time as id ", value);
+        if (!vocabulary.add(key_, static_cast<int32_t>(value)))
+            fail(DIFFUSIONZ_E_MODEL, name_, ": token '", key_, "' is twice in model.vocab");
+        id_max = std::max(id_max, static_cast<int32_t>(value));
         return true;
     }
 
@@ -75,7 +77,7 @@ public:
     }
 
     bool start_object(std::size_t) override {
-        if (part_ == Part::kDocument && in_model() && key_ == "vocab") return begin(Part::kVocabulary, vocabulary.empty());
+        if (part_ == Part::kDocument && in_model() && key_ == "vocab") return begin(Part::kVocabulary, vocabulary.size() == 0);
         if (part_ != Part::kDocument) bad_part();
         open(json::object());
         return true;
@@ -345,21 +347,20 @@ Tokenizer Tokenizer::from_json(std::string_view text, const std::string& name) {
 
     const auto letters = byte_letters();
     for (int byte = 0; byte < 256; ++byte) {
-        const auto found = reader.vocabulary.find(letters[byte]);
-        if (found == reader.vocabulary.end())
+        result.byte_ids_[byte] = reader.vocabulary.find(letters[byte]);
+        if (result.byte_ids_[byte] < 0)
             fail(DIFFUSIONZ_E_MODEL, name, ": model.vocab has no token '", letters[byte], "' for byte ", byte, "; it is not a byte-level vocabulary");
-        result.byte_ids_[byte] = found->second;
     }
-    for (const auto& [token, id] : reader.vocabulary) result.vocabulary_size_ = std::max<size_t>(result.vocabulary_size_, id + 1);
+    result.vocabulary_size_ = static_cast<size_t>(reader.id_max) + 1;
 
     std::vector<Merge> merges(reader.merges.size());
     for (size_t rank = 0; rank < merges.size(); ++rank) {
         const auto& [left, right] = reader.merges[rank];
         auto id_of = [&](const std::string& token) {
-            const auto found = reader.vocabulary.find(token);
-            if (found == reader.vocabulary.end())
+            const int32_t id = reader.vocabulary.find(token);
+            if (id < 0)
                 fail(DIFFUSIONZ_E_MODEL, name, ": entry ", rank, " of model.merges needs token '", token, "', which model.vocab has not");
-            return found->second;
+            return id;
         };
         merges[rank] = {pair_key(id_of(left), id_of(right)), static_cast<int32_t>(rank), id_of(left + right)};
     }
@@ -378,9 +379,9 @@ Tokenizer Tokenizer::from_json(std::string_view text, const std::string& name) {
         token.get("special");  // a decoder skips special tokens; an encoder finds them like the others
         const bool normalized = token.flag("normalized", false);
         token.no_others();
-        const auto in_model = reader.vocabulary.find(content);
-        if (in_model != reader.vocabulary.end() && in_model->second != id)
-            fail(DIFFUSIONZ_E_MODEL, name, ": token '", content, "' has id ", in_model->second, " in model.vocab and ", id.dump(), " in added_tokens");
+        const int32_t in_model = reader.vocabulary.find(content);
+        if (in_model >= 0 && in_model != id)
+            fail(DIFFUSIONZ_E_MODEL, name, ": token '", content, "' has id ", in_model, " in model.vocab and ", id.dump(), " in added_tokens");
         if (normalized)
             result.added_normalized_.add(result.normalize_nfc_ ? nfc(content) : content, id);
         else
@@ -440,12 +441,12 @@ void Tokenizer::encode_plain(std::string_view text, size_t max_tokens, std::vect
     SplitPattern::Words words(pattern_, text);
     std::string_view word;
     while (ids.size() < max_tokens && words.next(word)) {
-        if (!words_.empty()) {
+        if (words_.size() > 0) {
             static const auto letters = byte_letters();
             std::string spelled;
             for (unsigned char byte : word) spelled += letters[byte];
-            if (const auto found = words_.find(spelled); found != words_.end()) {
-                ids.push_back(found->second);
+            if (const int32_t id = words_.find(spelled); id >= 0) {
+                ids.push_back(id);
                 continue;
             }
         }

@@ -1,20 +1,20 @@
 // Byte-level BPE from a checkpoint's own tokenizer.json (Hugging Face tokenizers' format, as Qwen2 and Qwen3 use it).
 //
 // Ids equal those of Hugging Face's tokenizers. Whatever a tokenizer.json asks for that this class does not do is refused
-// with E_MODEL, never skipped. The one known difference: tokenizers normalizes by Unicode 9, utf8proc by Unicode 15 or newer,
-// so two neighbouring marks of which one was assigned since then can come in another order.
+// with E_MODEL, never skipped. Known differences: tokenizers normalizes by Unicode 9, utf8proc by Unicode 15 or newer,
+// so two neighbouring marks of which one was assigned since then can come in another order; and it loses the old Korean vowel
+// U+11A7 behind a syllable without a final consonant, which is kept here.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <filesystem>
-#include <optional>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "core/split_pattern.h"
+#include "core/vocabulary.h"
 
 namespace diffusionz {
 
@@ -64,7 +64,7 @@ private:
     std::array<int32_t, 256> byte_ids_{};
     std::vector<Merge> merges_;  // open addressing, a power of two
     // Whole words, for a model that prefers them to merges (ignore_merges); else empty. Keys are in byte-level letters.
-    std::unordered_map<std::string, int32_t> words_;
+    Vocabulary words_;
     AddedTokens added_raw_;         // found in the text as given
     AddedTokens added_normalized_;  // found after normalization ("normalized": true)
     size_t vocabulary_size_ = 0;
