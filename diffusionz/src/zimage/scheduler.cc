@@ -37,7 +37,8 @@ std::vector<float> make_sigmas(const SchedulerConfig& config, int64_t num_steps,
         const double slope = (config.max_shift - config.base_shift) / static_cast<double>(config.max_image_tokens - config.base_image_tokens);
         const double mu = static_cast<double>(image_tokens) * slope + (config.base_shift - slope * static_cast<double>(config.base_image_tokens));
         const double factor = config.exponential_time_shift ? std::exp(mu) : mu;
-        sigmas = at::reciprocal((at::reciprocal(sigmas) - 1 + factor)) * factor;
+        // A division of two tensors: ATen makes a scalar over a tensor a product with the reciprocal, which rounds twice.
+        sigmas = at::scalar_tensor(factor, sigmas.options()) / (at::reciprocal(sigmas) - 1 + factor);
     } else {
         sigmas = sigmas * config.shift / (sigmas * (config.shift - 1) + 1);
     }

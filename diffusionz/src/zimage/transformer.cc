@@ -8,7 +8,8 @@
 
 #include "core/error.h"
 #include "ops/attention.h"
-#include "ops/norm.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
 
 namespace diffusionz {
 namespace {

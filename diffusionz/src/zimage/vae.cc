@@ -6,7 +6,7 @@
 
 #include "core/error.h"
 #include "ops/attention.h"
-#include "ops/norm.h"
+#include "ops/group_norm.h"
 
 namespace diffusionz {
 namespace {
