@@ -1,0 +1,3 @@
+module zimage-example
+
+go 1.19

@@ -1,0 +1,84 @@
+/* ABI version 1, byte by byte, on a 64-bit system. A line that fails is a program out there that breaks. */
+#include <stddef.h>
+
+#include <diffusionz_c_api.h>
+
+#define FIELD(type, field, offset) _Static_assert(offsetof(type, field) == (offset), #type "." #field)
+#define SIZE(type, size) _Static_assert(sizeof(type) == (size), #type)
+
+_Static_assert(DIFFUSIONZ_ABI_VERSION == 1, "a new version of the ABI has its own layouts");
+
+/* These two are the original document's and never change. */
+FIELD(DiffusionZParams, prompt, 0);
+FIELD(DiffusionZParams, negative_prompt, 8);
+FIELD(DiffusionZParams, width, 16);
+FIELD(DiffusionZParams, height, 20);
+FIELD(DiffusionZParams, num_steps, 24);
+FIELD(DiffusionZParams, guidance_scale, 28);
+FIELD(DiffusionZParams, seed, 32);
+FIELD(DiffusionZParams, lora_path, 40);
+FIELD(DiffusionZParams, lora_weight, 48);
+SIZE(DiffusionZParams, 56);
+
+FIELD(DiffusionZResult, image_data, 0);
+FIELD(DiffusionZResult, image_len, 8);
+FIELD(DiffusionZResult, width, 12);
+FIELD(DiffusionZResult, height, 16);
+FIELD(DiffusionZResult, error_code, 20);
+FIELD(DiffusionZResult, error_msg, 24);
+SIZE(DiffusionZResult, 32);
+
+/* These grow at their end: the offsets stay, the sizes are this version's. */
+FIELD(DiffusionZInitOptions, struct_size, 0);
+FIELD(DiffusionZInitOptions, device_id, 4);
+FIELD(DiffusionZInitOptions, precision, 8);
+FIELD(DiffusionZInitOptions, num_threads, 12);
+FIELD(DiffusionZInitOptions, cuda_graphs, 16);
+SIZE(DiffusionZInitOptions, 20);
+
+FIELD(DiffusionZRequest, struct_size, 0);
+FIELD(DiffusionZRequest, width, 4);
+FIELD(DiffusionZRequest, height, 8);
+FIELD(DiffusionZRequest, num_steps, 12);
+FIELD(DiffusionZRequest, prompt, 16);
+FIELD(DiffusionZRequest, negative_prompt, 24);
+FIELD(DiffusionZRequest, seed, 32);
+FIELD(DiffusionZRequest, guidance_scale, 40);
+FIELD(DiffusionZRequest, cfg_normalization, 44);
+FIELD(DiffusionZRequest, cfg_truncation, 48);
+FIELD(DiffusionZRequest, lora_weight, 52);
+FIELD(DiffusionZRequest, lora_path, 56);
+FIELD(DiffusionZRequest, init_image, 64);
+FIELD(DiffusionZRequest, strength, 72);
+FIELD(DiffusionZRequest, format, 76);
+FIELD(DiffusionZRequest, quality, 80);
+FIELD(DiffusionZRequest, embed_metadata, 84);
+SIZE(DiffusionZRequest, 88);
+
+FIELD(DiffusionZProgress, struct_size, 0);
+FIELD(DiffusionZProgress, stage, 4);
+FIELD(DiffusionZProgress, step, 8);
+FIELD(DiffusionZProgress, step_count, 12);
+FIELD(DiffusionZProgress, image, 16);
+FIELD(DiffusionZProgress, image_count, 20);
+FIELD(DiffusionZProgress, queue_ms, 24);
+FIELD(DiffusionZProgress, text_ms, 28);
+FIELD(DiffusionZProgress, denoise_ms, 32);
+FIELD(DiffusionZProgress, decode_ms, 36);
+SIZE(DiffusionZProgress, 40);
+
+FIELD(DiffusionZDeviceInfo, struct_size, 0);
+FIELD(DiffusionZDeviceInfo, device_id, 4);
+FIELD(DiffusionZDeviceInfo, name, 8);
+FIELD(DiffusionZDeviceInfo, memory_total_bytes, 136);
+FIELD(DiffusionZDeviceInfo, memory_free_bytes, 144);
+FIELD(DiffusionZDeviceInfo, compute_capability, 152);
+SIZE(DiffusionZDeviceInfo, 160);
+
+FIELD(DiffusionZMemoryInfo, struct_size, 0);
+FIELD(DiffusionZMemoryInfo, shared_by, 4);
+FIELD(DiffusionZMemoryInfo, weights_bytes, 8);
+FIELD(DiffusionZMemoryInfo, lora_bytes, 16);
+SIZE(DiffusionZMemoryInfo, 24);
+
+int main(void) { return 0; }

@@ -1,0 +1,78 @@
+"""What is installed serves C, C++ and Go programs: through pkg-config, through CMake, and after it was moved."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROMPT = "a red circle on a blue background"
+
+
+def run(*command: object, **options: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return str(done.stdout)
+
+
+def is_webp(path: pathlib.Path) -> bool:
+    data = path.read_bytes()
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def test_c_example(compile_c: Callable[..., pathlib.Path], tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    program = compile_c(ROOT / "examples" / "c" / "generate.c", "-std=c99")
+    run(program, tiny_model, PROMPT, tmp_path / "out.webp")
+    assert is_webp(tmp_path / "out.webp")
+    failed = subprocess.run([program, tmp_path, PROMPT, tmp_path / "no.webp"], capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+    assert not (tmp_path / "no.webp").exists()
+
+
+def test_go_example(pkg_config_env: dict[str, str], tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Formatted, vetted, built and run; it draws what the C example draws."""
+    source = ROOT / "examples" / "go"
+    # cgo's tool folder must be writable and outside the source; nothing is fetched.
+    env = pkg_config_env | {"GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOCACHE": str(ROOT / "build" / "go-cache")}
+    assert run("gofmt", "-l", source) == ""
+    run("go", "vet", "./...", cwd=source, env=env)
+    run("go", "build", "-o", tmp_path / "draw", ".", cwd=source, env=env)
+    run(tmp_path / "draw", tiny_model, PROMPT, tmp_path / "out.webp")
+    assert is_webp(tmp_path / "out.webp")
+    failed = subprocess.run([tmp_path / "draw", tmp_path, PROMPT, "no.webp"], capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+
+
+def test_cmake_package_and_a_moved_prefix(tmp_path: pathlib.Path, package: pathlib.Path) -> None:
+    """`cmake --install` to a prefix of the user's, moved after that: both kinds of consumer still build and run."""
+    run("cmake", "--install", ROOT / "build", "--prefix", tmp_path / "first", "--component", "library")
+    prefix = shutil.move(tmp_path / "first", tmp_path / "moved")
+    assert not any(path.suffix == ".py" for path in prefix.rglob("*"))
+
+    consumer = tmp_path / "consumer"
+    consumer.mkdir()
+    (consumer / "main.cc").write_text(
+        "#include <diffusionz_c_api.h>\n#include <cstdio>\n"
+        "int main() { std::puts(diffusionz_version()); return diffusionz_abi_version() != DIFFUSIONZ_ABI_VERSION; }\n"
+    )
+    (consumer / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(consumer CXX)\n"
+        "find_package(diffusionz 0.1 REQUIRED)\n"
+        "add_executable(main main.cc)\ntarget_link_libraries(main diffusionz::diffusionz)\n"
+    )
+    run("cmake", "-S", consumer, "-B", consumer / "build", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", consumer / "build")
+    import diffusionz
+
+    version = diffusionz.__version__
+    assert run(consumer / "build" / "main").strip() == version
+
+    env = os.environ | {"PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig")}
+    flags = run("pkg-config", "--cflags", "--libs", "diffusionz", env=env).split()
+    assert str(prefix) in " ".join(flags) or ".." in " ".join(flags)
+    run("c++", consumer / "main.cc", "-o", tmp_path / "by-pkg-config", *flags)
+    assert run(tmp_path / "by-pkg-config").strip() == version
+    assert run("pkg-config", "--modversion", "diffusionz", env=env).strip() == version

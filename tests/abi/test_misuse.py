@@ -1,0 +1,557 @@
+"""Every wrong use of the C ABI gets its documented status, and a message that names what was wrong. Nothing crashes.
+
+The calls are made through the binding's raw layer, which adds nothing to them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from diffusionz._ffi import ffi, lib, text
+
+NULL = ffi.NULL
+E = {name.removeprefix("DIFFUSIONZ_E_"): getattr(lib, name) for name in dir(lib) if name.startswith("DIFFUSIONZ_E_")}
+
+
+def last_error() -> str:
+    return text(lib.diffusionz_last_error())
+
+
+@pytest.fixture(scope="module")
+def ctx(tiny_model: pathlib.Path) -> Iterator[Any]:
+    context = lib.diffusionz_init(os.fsencode(tiny_model), -1)
+    assert context, last_error()
+    yield context
+    lib.diffusionz_free(context)
+
+
+def draw(ctx: Any, **fields: Any) -> tuple[int, str]:
+    """(status, message) of a small picture with some fields changed, by both entry points where both have them."""
+    keep = []
+    request = ffi.new("DiffusionZRequest *")
+    lib.diffusionz_request_init(request)
+    params = ffi.new("DiffusionZParams *")
+    common = {"prompt": b"x", "width": 16, "height": 16, "num_steps": 1}
+    for name, value in (common | fields).items():
+        if isinstance(value, bytes):
+            value = ffi.new("char[]", value)
+            keep.append(value)
+        setattr(request, name, value)
+        if hasattr(params, name):
+            setattr(params, name, value)
+    result = ffi.new("DiffusionZResult *")
+    status = lib.diffusionz_generate_batch(ctx, request, 1, NULL, result)
+    message = text(result.error_msg)
+    assert (result.error_code, result.image_data == NULL) == (status, status != 0)
+    assert message == last_error()
+    lib.diffusionz_free_result(result)
+    if all(hasattr(params, name) for name in fields):
+        result[0] = lib.diffusionz_generate(ctx, params)
+        assert (result.error_code, text(result.error_msg)) == (status, message)
+        lib.diffusionz_free_result(result)
+    return status, message
+
+
+def test_the_right_use_draws(ctx: Any) -> None:
+    assert draw(ctx) == (lib.DIFFUSIONZ_OK, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt": NULL}, "prompt"),
+        ({"prompt": b"\xff\xfe"}, "UTF-8"),
+        ({"prompt": b"\xed\xa0\x80"}, "UTF-8"),  # a surrogate
+        ({"prompt": b"\xc0\x80"}, "UTF-8"),  # an overlong NUL
+        ({"prompt": b"cut \xe2\x82"}, "UTF-8"),
+        ({"negative_prompt": b"\xff", "guidance_scale": 1.0}, "UTF-8"),
+        ({"width": 0}, "0"),
+        ({"width": 17}, "17"),
+        ({"width": -16}, "-16"),
+        ({"width": 1_000_000_000}, "1000000000"),
+        ({"width": 2**31 - 1}, "2147483647"),
+        ({"width": -(2**31)}, "-2147483648"),
+        ({"height": 0}, "0"),
+        ({"height": 17}, "17"),
+        ({"height": 1_000_000_000}, "1000000000"),
+        ({"num_steps": 0}, "0"),
+        ({"num_steps": -1}, "-1"),
+        ({"num_steps": 1001}, "1001"),
+        ({"guidance_scale": math.nan}, "guidance_scale"),
+        ({"guidance_scale": math.inf}, "guidance_scale"),
+        ({"guidance_scale": -1.0}, "-1"),
+        ({"cfg_normalization": math.nan}, "cfg_normalization"),
+        ({"cfg_normalization": -1.0}, "cfg_normalization"),
+        ({"cfg_truncation": math.nan}, "cfg_truncation"),
+        ({"lora_path": b"/x.safetensors", "lora_weight": math.nan}, "lora_weight"),
+        ({"lora_path": b"/x.safetensors", "lora_weight": math.inf}, "lora_weight"),
+        ({"init_image": ffi.new("uint8_t[]", 16 * 16 * 3), "strength": 0.0}, "strength"),
+        ({"init_image": ffi.new("uint8_t[]", 16 * 16 * 3), "strength": 1.5}, "strength"),
+        ({"init_image": ffi.new("uint8_t[]", 16 * 16 * 3), "strength": math.nan}, "strength"),
+        ({"format": 4}, "4"),
+        ({"format": -1}, "-1"),
+        ({"quality": 101}, "101"),
+        ({"quality": -1}, "-1"),
+        ({"struct_size": 0}, "struct_size"),
+        ({"struct_size": 4}, "struct_size"),
+        ({"struct_size": 1_000_000}, "struct_size"),
+    ],
+    ids=str,
+)
+def test_a_bad_field_is_an_argument_error_that_names_it(ctx: Any, fields: dict[str, Any], named: str) -> None:
+    status, message = draw(ctx, **fields)
+    assert status == E["ARGUMENT"], message
+    assert named in message
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
+def test_every_seed_draws(ctx: Any, seed: int) -> None:
+    assert draw(ctx, seed=seed) == (lib.DIFFUSIONZ_OK, "")
+
+
+@pytest.mark.parametrize("prompt", [b"", b" ", b"\n", b"a" * 100_000, "日本語 🎨".encode()], ids=len)
+def test_every_text_draws(ctx: Any, prompt: bytes) -> None:
+    assert draw(ctx, prompt=prompt) == (lib.DIFFUSIONZ_OK, "")
+
+
+def test_null_where_something_is_needed(ctx: Any) -> None:
+    request = ffi.new("DiffusionZRequest *")
+    lib.diffusionz_request_init(request)
+    result, out, context = ffi.new("DiffusionZResult *"), ffi.new("char **"), ffi.new("DiffusionZContext **")
+    options = ffi.new("DiffusionZInitOptions *")
+    lib.diffusionz_init_options_init(options)
+    byte = ffi.new("uint8_t[]", 3)
+    calls: dict[str, Callable[[], int]] = {
+        "device_info": lambda: lib.diffusionz_device_info(-1, NULL),
+        "init path": lambda: lib.diffusionz_init_with_options(NULL, options, context),
+        "init options": lambda: lib.diffusionz_init_with_options(b"x", NULL, context),
+        "init out": lambda: lib.diffusionz_init_with_options(b"x", options, NULL),
+        "memory ctx": lambda: lib.diffusionz_memory_info(NULL, ffi.new("DiffusionZMemoryInfo *", {"struct_size": 24})),
+        "memory info": lambda: lib.diffusionz_memory_info(ctx, NULL),
+        "batch ctx": lambda: lib.diffusionz_generate_batch(NULL, request, 1, NULL, result),
+        "batch requests": lambda: lib.diffusionz_generate_batch(ctx, NULL, 1, NULL, result),
+        "batch results": lambda: lib.diffusionz_generate_batch(ctx, request, 1, NULL, NULL),
+        "batch count 0": lambda: lib.diffusionz_generate_batch(ctx, request, 0, NULL, result),
+        "batch count -1": lambda: lib.diffusionz_generate_batch(ctx, request, -1, NULL, result),
+        "batch count 1025": lambda: lib.diffusionz_generate_batch(ctx, request, 1025, NULL, result),
+        "progress task": lambda: lib.diffusionz_task_progress(NULL, ffi.new("DiffusionZProgress *")),
+        "progress": lambda: lib.diffusionz_task_progress(lib.diffusionz_task_new(), NULL),
+        "load_lora ctx": lambda: lib.diffusionz_load_lora(NULL, b"x", 1),
+        "load_lora path": lambda: lib.diffusionz_load_lora(ctx, NULL, 1),
+        "unload_lora": lambda: lib.diffusionz_unload_lora(NULL),
+        "encode rgb": lambda: lib.diffusionz_image_encode(NULL, 1, 1, 0, 90, NULL, result),
+        "encode out": lambda: lib.diffusionz_image_encode(byte, 1, 1, 0, 90, NULL, NULL),
+        "encode width 0": lambda: lib.diffusionz_image_encode(byte, 0, 1, 0, 90, NULL, result),
+        "encode height -1": lambda: lib.diffusionz_image_encode(byte, 1, -1, 0, 90, NULL, result),
+        "encode 1e9": lambda: lib.diffusionz_image_encode(byte, 10**9, 10**9, 0, 90, NULL, result),
+        "encode format": lambda: lib.diffusionz_image_encode(byte, 1, 1, 9, 90, NULL, result),
+        "encode quality": lambda: lib.diffusionz_image_encode(byte, 1, 1, 0, 101, NULL, result),
+        "decode data": lambda: lib.diffusionz_image_decode(NULL, 0, result),
+        "decode out": lambda: lib.diffusionz_image_decode(byte, 3, NULL),
+        "decode size": lambda: lib.diffusionz_image_decode(byte, -1, result),
+        "metadata data": lambda: lib.diffusionz_image_metadata(NULL, 0, out),
+        "metadata out": lambda: lib.diffusionz_image_metadata(byte, 3, NULL),
+        "request_metadata ctx": lambda: lib.diffusionz_request_metadata(NULL, request, out),
+        "request_metadata request": lambda: lib.diffusionz_request_metadata(ctx, NULL, out),
+        "request_metadata out": lambda: lib.diffusionz_request_metadata(ctx, request, NULL),
+    }
+    for name, call in calls.items():
+        assert call() == E["ARGUMENT"], name
+        assert last_error(), name
+    assert lib.diffusionz_init(NULL, -1) == NULL
+    assert last_error()
+    failed = lib.diffusionz_generate(ctx, NULL)
+    assert failed.error_code == E["ARGUMENT"]
+    lib.diffusionz_free_result(ffi.addressof(failed))
+    assert lib.diffusionz_model_info(NULL) == NULL
+
+
+def test_null_is_fine_where_the_header_says_so() -> None:
+    lib.diffusionz_free(NULL)
+    lib.diffusionz_free_result(NULL)
+    lib.diffusionz_free_string(NULL)
+    lib.diffusionz_task_free(NULL)
+    lib.diffusionz_task_cancel(NULL)
+    lib.diffusionz_init_options_init(NULL)
+    lib.diffusionz_request_init(NULL)
+    result = ffi.new("DiffusionZResult *")
+    lib.diffusionz_free_result(result)
+    lib.diffusionz_free_result(result)
+
+
+def test_last_error_is_of_the_last_call_of_this_thread(ctx: Any) -> None:
+    import threading
+
+    draw(ctx, width=17)
+    assert "17" in last_error()
+    elsewhere: list[str] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(last_error()))
+    thread.start()
+    thread.join()
+    assert elsewhere == [""]
+    assert draw(ctx) == (lib.DIFFUSIONZ_OK, "")
+    assert last_error() == ""
+
+
+def test_a_batch_with_one_bad_request_draws_none(ctx: Any) -> None:
+    prompt = ffi.new("char[]", b"x")
+    requests, results = ffi.new("DiffusionZRequest[3]"), ffi.new("DiffusionZResult[3]")
+    for i in range(3):
+        lib.diffusionz_request_init(ffi.addressof(requests[i]))
+        requests[i].prompt, requests[i].width, requests[i].height, requests[i].num_steps = prompt, 16, 16, 1
+    requests[2].width = 17
+    assert lib.diffusionz_generate_batch(ctx, requests, 3, NULL, results) == E["ARGUMENT"]
+    for i in range(3):
+        assert results[i].error_code == E["ARGUMENT"]
+        assert results[i].image_data == NULL
+        assert "17" in text(results[i].error_msg)
+        lib.diffusionz_free_result(ffi.addressof(results[i]))
+
+
+def test_a_task_serves_one_call(ctx: Any) -> None:
+    prompt = ffi.new("char[]", b"x")
+    request, result = ffi.new("DiffusionZRequest *"), ffi.new("DiffusionZResult *")
+    lib.diffusionz_request_init(request)
+    request.prompt, request.width, request.height, request.num_steps = prompt, 16, 16, 1
+    task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
+    assert lib.diffusionz_generate_batch(ctx, request, 1, task, result) == lib.DIFFUSIONZ_OK
+    lib.diffusionz_free_result(result)
+    progress = ffi.new("DiffusionZProgress *", {"struct_size": ffi.sizeof("DiffusionZProgress")})
+    assert lib.diffusionz_task_progress(task, progress) == lib.DIFFUSIONZ_OK
+    assert (progress.stage, progress.step, progress.step_count) == (lib.DIFFUSIONZ_STAGE_DONE, 1, 1)
+    assert (progress.image, progress.image_count) == (1, 1)
+    assert lib.diffusionz_generate_batch(ctx, request, 1, task, result) == E["ARGUMENT"]
+    lib.diffusionz_free_result(result)
+    lib.diffusionz_task_cancel(task)  # quiet: its call is over
+
+
+def test_a_task_cancelled_before_its_call_ends_that_call(ctx: Any) -> None:
+    prompt = ffi.new("char[]", b"x")
+    request, result = ffi.new("DiffusionZRequest *"), ffi.new("DiffusionZResult *")
+    lib.diffusionz_request_init(request)
+    request.prompt, request.width, request.height, request.num_steps = prompt, 256, 256, 1000
+    task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
+    lib.diffusionz_task_cancel(task)
+    assert lib.diffusionz_generate_batch(ctx, request, 1, task, result) == E["CANCELLED"]
+    lib.diffusionz_free_result(result)
+    assert draw(ctx) == (lib.DIFFUSIONZ_OK, "")
+
+
+def test_devices_that_are_not_there(tiny_model: pathlib.Path) -> None:
+    for device_id in (-2, 999, 2**31 - 1, -(2**31)):
+        assert lib.diffusionz_init(os.fsencode(tiny_model), device_id) == NULL
+        assert str(device_id) in last_error()
+        info = ffi.new("DiffusionZDeviceInfo *", {"struct_size": ffi.sizeof("DiffusionZDeviceInfo")})
+        assert lib.diffusionz_device_info(device_id, info) == E["DEVICE"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("struct_size", 0),
+        ("struct_size", 999),
+        ("precision", 3),
+        ("precision", -1),
+        ("num_threads", -1),
+        ("cuda_graphs", 2),
+    ],
+)
+def test_bad_options(tiny_model: pathlib.Path, field: str, value: int) -> None:
+    options, context = ffi.new("DiffusionZInitOptions *"), ffi.new("DiffusionZContext **")
+    lib.diffusionz_init_options_init(options)
+    setattr(options, field, value)
+    assert lib.diffusionz_init_with_options(os.fsencode(tiny_model), options, context) == E["ARGUMENT"]
+    assert context[0] == NULL
+    assert field in last_error()
+    assert str(value) in last_error()
+
+
+@pytest.mark.parametrize("kind", ["DiffusionZDeviceInfo", "DiffusionZMemoryInfo", "DiffusionZProgress"])
+def test_bad_struct_size_of_an_output(ctx: Any, kind: str) -> None:
+    task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
+    for size in (0, ffi.sizeof(kind) - 1, ffi.sizeof(kind) + 8):
+        out = ffi.new(kind + " *", {"struct_size": size})
+        status = {
+            "DiffusionZDeviceInfo": lambda out=out: lib.diffusionz_device_info(-1, out),
+            "DiffusionZMemoryInfo": lambda out=out: lib.diffusionz_memory_info(ctx, out),
+            "DiffusionZProgress": lambda out=out: lib.diffusionz_task_progress(task, out),
+        }[kind]()
+        assert status == E["ARGUMENT"]
+        assert "struct_size" in last_error()
+
+
+def test_status_names() -> None:
+    for name, value in E.items():
+        assert text(lib.diffusionz_status_name(value)) == f"DIFFUSIONZ_E_{name}"
+    assert text(lib.diffusionz_status_name(0)) == "DIFFUSIONZ_OK"
+    for value in (-1, len(E) + 1, 2**31 - 1, -(2**31)):
+        assert text(lib.diffusionz_status_name(value)) == "unknown status"
+
+
+# --- Damaged models ---
+
+
+@pytest.fixture
+def broken(tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the model, of links, whose files a test replaces."""
+    for source in tiny_model.rglob("*"):
+        target = tmp_path / source.relative_to(tiny_model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_file():
+            target.symlink_to(source)
+    return tmp_path
+
+
+def load_fails(path: pathlib.Path, *named: str) -> None:
+    """Loading is an E_MODEL whose message holds each of `named`."""
+    options, context = ffi.new("DiffusionZInitOptions *"), ffi.new("DiffusionZContext **")
+    lib.diffusionz_init_options_init(options)
+    status = lib.diffusionz_init_with_options(os.fsencode(path), options, context)
+    if status == lib.DIFFUSIONZ_OK:
+        lib.diffusionz_free(context[0])
+    assert status == E["MODEL"], f"{status}: {last_error()}"
+    for part in named:
+        assert part in last_error()
+
+
+def replace(path: pathlib.Path, data: bytes) -> None:
+    path.unlink()
+    path.write_bytes(data)
+
+
+def edit(path: pathlib.Path, **changes: Any) -> None:
+    replace(path, json.dumps(json.loads(path.read_text()) | changes).encode())
+
+
+def weights_of(folder: pathlib.Path) -> pathlib.Path:
+    return next(folder.glob("*.safetensors"))
+
+
+def test_what_is_no_model(tmp_path: pathlib.Path) -> None:
+    load_fails(tmp_path / "nowhere", "nowhere")
+    load_fails(tmp_path)
+    (tmp_path / "file").write_text("not a model")
+    load_fails(tmp_path / "file")
+    load_fails(pathlib.Path("/dev/null"))
+
+
+@pytest.mark.parametrize("folder", ["transformer", "text_encoder", "vae", "tokenizer"])
+def test_a_missing_component(broken: pathlib.Path, folder: str) -> None:
+    for path in (broken / folder).iterdir():
+        path.unlink()
+    load_fails(broken, folder)
+
+
+@pytest.mark.parametrize("folder", ["transformer", "text_encoder", "vae"])
+def test_missing_weights(broken: pathlib.Path, folder: str) -> None:
+    weights_of(broken / folder).unlink()
+    load_fails(broken, folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer/config.json", "text_encoder/config.json", "vae/config.json", "tokenizer/tokenizer.json"]
+)
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":' * 100_000, b"{}"], ids=repr)
+def test_damaged_json(broken: pathlib.Path, name: str, data: bytes) -> None:
+    replace(broken / name, data)
+    # An empty config means the defaults, which another file contradicts.
+    load_fails(broken, *([] if data == b"{}" else [name.split("/")[0]]))
+
+
+def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: Any, tensors: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + tensors
+
+
+def lie(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
+    """Changes the entry of one tensor."""
+
+    def apply(data: bytes) -> bytes:
+        header, tensors = header_of(data)
+        name = next(name for name in header if name != "__metadata__" and len(header[name]["shape"]) >= 1)
+        change(header[name])
+        return with_header(header, tensors)
+
+    return apply
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut in the length": lambda data: data[:7],
+    "cut in the header": lambda data: data[:100],
+    "cut in the tensors": lambda data: data[: len(data) * 2 // 3],
+    "cut by one byte": lambda data: data[:-1],
+    "length 0": lambda data: struct.pack("<Q", 0) + data[8:],
+    "length beyond the file": lambda data: struct.pack("<Q", len(data) + 1) + data[8:],
+    "length 2^63": lambda data: struct.pack("<Q", 2**63) + data[8:],
+    "length 2^64-1": lambda data: struct.pack("<Q", 2**64 - 1) + data[8:],
+    "length 2^64-8": lambda data: struct.pack("<Q", 2**64 - 8) + data[8:],
+    "header is no JSON": lambda data: data[:8] + b"x" * struct.unpack("<Q", data[:8])[0] + data[8:],
+    "header is a list": lambda data: with_header([], b""),
+    "header without tensors": lambda data: with_header({}, b""),
+    "header of depth 100,000": lambda data: (
+        struct.pack("<Q", 600_000) + b'{"a":' * 100_000 + b"1" + b"}" * 99_999 + b""
+    ),
+    "pickle": lambda data: b"\x80\x04\x95" + b"\x00" * 1000,
+    "offset beyond the file": lie(lambda entry: entry.update(data_offsets=[2**40, 2**40 + 8])),
+    "offset negative": lie(lambda entry: entry.update(data_offsets=[-8, 0])),
+    "offset 2^64": lie(lambda entry: entry.update(data_offsets=[2**64, 2**64 + 8])),
+    "offsets backwards": lie(lambda entry: entry.update(data_offsets=entry["data_offsets"][::-1])),
+    "offsets are text": lie(lambda entry: entry.update(data_offsets="0,8")),
+    "one offset": lie(lambda entry: entry.update(data_offsets=[0])),
+    "no offsets": lie(lambda entry: entry.pop("data_offsets")),
+    "shape greater than the bytes": lie(lambda entry: entry.update(shape=[n * 2 for n in entry["shape"]])),
+    "shape overflows": lie(lambda entry: entry.update(shape=[2**32, 2**32])),
+    "shape overflows to the right size": lie(lambda entry: entry.update(shape=[2**62, 4, *entry["shape"]])),
+    "shape negative": lie(lambda entry: entry.update(shape=[-1, -1])),
+    "shape of floats": lie(lambda entry: entry.update(shape=[1.5])),
+    "shape is no list": lie(lambda entry: entry.update(shape=3)),
+    "dtype unknown": lie(lambda entry: entry.update(dtype="Q7")),
+    "dtype missing": lie(lambda entry: entry.pop("dtype")),
+    "dtype is a number": lie(lambda entry: entry.update(dtype=16)),
+    "entry is no object": lambda data: with_header({"x": 1}, b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_lying_weights(broken: pathlib.Path, damage: str) -> None:
+    path = weights_of(broken / "vae")
+    replace(path, DAMAGES[damage](path.read_bytes()))
+    load_fails(broken, "vae")
+
+
+@pytest.mark.parametrize("folder", ["transformer", "text_encoder", "vae"])
+def test_a_missing_tensor_is_named(broken: pathlib.Path, folder: str) -> None:
+    path = weights_of(broken / folder)
+    header, tensors = header_of(path.read_bytes())
+    name = next(name for name in sorted(header) if "norm" in name and "encoder" not in name.split(".")[0])
+    del header[name]
+    replace(path, with_header(header, tensors))
+    load_fails(broken, name.removeprefix("model."))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "../../../../../../etc/passwd",
+        "/etc/passwd",
+        "../vae/diffusion_pytorch_model.safetensors",
+        "..",
+        "",
+        "a/../../b",
+        "nowhere",
+    ],
+)
+def test_an_index_that_leads_elsewhere(broken: pathlib.Path, target: str) -> None:
+    path = weights_of(broken / "transformer")
+    header, _ = header_of(path.read_bytes())
+    index = path.with_name(path.name + ".index.json")
+    path.unlink()
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(header, target)}))
+    load_fails(broken, "transformer")
+
+
+def test_an_index_without_a_map(broken: pathlib.Path) -> None:
+    path = weights_of(broken / "transformer")
+    path.unlink()
+    for content in ("{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'):
+        path.with_name(path.name + ".index.json").write_text(content)
+        load_fails(broken, "transformer")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}),
+        ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}),
+        ("transformer/config.json", {"dim": 0}),
+        ("transformer/config.json", {"dim": 10**9}),
+        ("transformer/config.json", {"dim": -64}),
+        ("transformer/config.json", {"dim": "large"}),
+        ("transformer/config.json", {"n_heads": 7}),
+        ("transformer/config.json", {"n_heads": 0}),
+        ("transformer/config.json", {"n_layers": 1000}),
+        ("transformer/config.json", {"n_layers": 10**9}),
+        ("transformer/config.json", {"axes_dims": [1, 2]}),
+        ("transformer/config.json", {"axes_dims": [3, 5, 7]}),
+        ("transformer/config.json", {"axes_lens": [0, 0, 0]}),
+        ("transformer/config.json", {"in_channels": 4}),
+        ("text_encoder/config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+        ("text_encoder/config.json", {"hidden_size": 3}),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}),
+        ("text_encoder/config.json", {"num_attention_heads": 0}),
+        ("text_encoder/config.json", {"num_key_value_heads": 0}),
+        ("vae/config.json", {"latent_channels": 3}),
+        ("vae/config.json", {"block_out_channels": []}),
+        ("vae/config.json", {"block_out_channels": [0, 0, 0, 0]}),
+        ("vae/config.json", {"norm_num_groups": 0}),
+        ("vae/config.json", {"norm_num_groups": 7}),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else value,
+)
+def test_another_architecture(broken: pathlib.Path, name: str, changes: dict[str, Any]) -> None:
+    edit(broken / name, **changes)
+    load_fails(broken)
+
+
+# --- Damaged LoRA files ---
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "cut by one byte"])
+def test_lying_lora(ctx: Any, tiny_model: pathlib.Path, tmp_path: pathlib.Path, damage: str) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(DAMAGES[damage](weights_of(tiny_model / "vae").read_bytes()))
+    assert lib.diffusionz_load_lora(ctx, os.fsencode(path), 1) == E["LORA"]
+    assert "lora.safetensors" in last_error()
+
+
+def test_lora_of_another_model(ctx: Any, tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = weights_of(tiny_model / "vae")
+    assert lib.diffusionz_load_lora(ctx, os.fsencode(path), 1) == E["LORA"]  # a checkpoint, no adapter at all
+    assert last_error()
+    assert lib.diffusionz_load_lora(ctx, os.fsencode(tmp_path / "nowhere"), 1) == E["LORA"]
+    assert "nowhere" in last_error()
+    assert lib.diffusionz_load_lora(ctx, os.fsencode(path), math.nan) == E["ARGUMENT"]
+    assert draw(ctx) == (lib.DIFFUSIONZ_OK, "")
+
+
+# --- Damaged pictures ---
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_damaged_pictures(format: str) -> None:
+    code = {"png": lib.DIFFUSIONZ_FORMAT_PNG, "webp": lib.DIFFUSIONZ_FORMAT_WEBP_LOSSLESS}[format]
+    rgb = ffi.new("uint8_t[]", bytes(i * 7 % 256 for i in range(48 * 32 * 3)))
+    result = ffi.new("DiffusionZResult *")
+    assert lib.diffusionz_image_encode(rgb, 48, 32, code, 90, b'{"prompt": "x"}', result) == lib.DIFFUSIONZ_OK
+    whole = bytes(ffi.buffer(result.image_data, result.image_len))
+    lib.diffusionz_free_result(result)
+    for size in (0, 1, 8, 12, 20, 30, len(whole) // 2):
+        assert lib.diffusionz_image_decode(whole[:size], size, result) == E["IMAGE"], size
+        assert result.error_code == E["IMAGE"]
+        assert text(result.error_msg)
+        lib.diffusionz_free_result(result)
+    out = ffi.new("char **")
+    for position in range(len(whole)):  # whatever byte is wrong: a picture or an error, never a crash
+        bent = bytearray(whole)
+        bent[position] ^= 0xFF
+        data = ffi.from_buffer("uint8_t[]", bent)
+        status = lib.diffusionz_image_decode(data, len(bent), result)
+        assert status in (lib.DIFFUSIONZ_OK, E["IMAGE"])
+        lib.diffusionz_free_result(result)
+        status = lib.diffusionz_image_metadata(data, len(bent), out)
+        assert status in (lib.DIFFUSIONZ_OK, E["IMAGE"])
+        lib.diffusionz_free_string(out[0])

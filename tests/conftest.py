@@ -1,0 +1,91 @@
+"""What the tests share: the bundled model, the installed package's C side, and the programs of build/tests/."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def probe() -> Callable[[str], pathlib.Path]:
+    """probe(name): the program tests/.../NAME.cc, which is built beside the library."""
+
+    def find(name: str) -> pathlib.Path:
+        path = ROOT / "build" / "tests" / name
+        assert path.is_file(), f"{path} is not built: make build"
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> pathlib.Path:
+    """The bundled model's folder, as installed. DIFFUSIONZ_TEST_MODEL names another to test with."""
+    from diffusionz.hub import locate
+
+    return pathlib.Path(os.environ.get("DIFFUSIONZ_TEST_MODEL") or locate("demo"))
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: pathlib.Path) -> Iterator[Any]:
+    """The tiny model on the CPU. Whoever changes it (LoRA) puts it back."""
+    from diffusionz import ZImage
+
+    with ZImage(tiny_model, device="cpu") as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def package() -> pathlib.Path:
+    """The installed package's folder: include/, lib/."""
+    import diffusionz
+
+    return pathlib.Path(diffusionz.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def pkg_config_env(package: pathlib.Path) -> dict[str, str]:
+    """An environment in which pkg-config finds the installed library."""
+    return os.environ | {"PKG_CONFIG_PATH": str(package / "lib" / "pkgconfig")}
+
+
+@pytest.fixture(scope="session")
+def compile_c(pkg_config_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
+    """compile_c(source, *flags): builds one C file against the installed library, as a user would."""
+
+    def build(source: pathlib.Path, *flags: str) -> pathlib.Path:
+        out = tmp_path_factory.mktemp("c") / source.stem
+        of_library = subprocess.run(
+            ["pkg-config", "--cflags", "--libs", "diffusionz"],
+            env=pkg_config_env, capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        strict = ["-std=c11", "-Wall", "-Wextra", "-pedantic", "-Werror", "-O1", "-g"]
+        done = subprocess.run(
+            ["cc", *strict, *flags, str(source), "-o", str(out), *of_library], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return out
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A model of random weights that loads and draws in milliseconds."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    # In a process of its own: most tests need no torch, and need not wait for it.
+    code = (
+        "import pathlib, sys; from tests.models.random_models import Shape, write_model; "
+        "write_model(Shape(seed=1), pathlib.Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
