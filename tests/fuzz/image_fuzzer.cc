@@ -20,7 +20,9 @@ bool is_small(Bytes bytes) {
     auto big_endian = [&](size_t at) { return bytes[at] << 24 | bytes[at + 1] << 16 | bytes[at + 2] << 8 | bytes[at + 3]; };
     if (bytes.size() < 30) return true;
     if (bytes[0] == 0x89) return uint32_t(big_endian(16)) <= 2048 && uint32_t(big_endian(20)) <= 2048;
-    const size_t width = bytes[15] == 'X' ? bytes[24] | bytes[25] << 8 | bytes[26] << 16 : bytes[15] == 'L' ? (bytes[21] | bytes[22] << 8) & 0x3fff : (bytes[26] | bytes[27] << 8) & 0x3fff;
+    const size_t width = bytes[15] == 'X'   ? bytes[24] | bytes[25] << 8 | bytes[26] << 16
+                         : bytes[15] == 'L' ? (bytes[21] | bytes[22] << 8) & 0x3fff
+                                            : (bytes[26] | bytes[27] << 8) & 0x3fff;
     return width <= 2048;
 }
 

@@ -19,8 +19,23 @@ def tokenizer_seeds():
     vocab = {letter: i for i, letter in enumerate(letters)} | {"ab": 256, "Ġa": 257}
     split = {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    token = {"id": 258, "content": "<|im_end|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "ignore_merges": False, "vocab": vocab, "merges": [["a", "b"], ["Ġ", "a"]]}
+    token = {
+        "id": 258,
+        "content": "<|im_end|>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": [["a", "b"], ["Ġ", "a"]],
+    }
     full = {
         "version": "1.0",
         "added_tokens": [token],
@@ -38,7 +53,13 @@ def tokenizer_seeds():
     }
     for content in (full, plain):
         yield b"\0" + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    for text in ("It's a café e\u0301\u0316 <|im_end|>\r\n  abc 123", "👩‍👩‍👧 가각 ᄀ\u1161 مَرْ", "\u00a0\u0085\u2028\t'ſ", "<|im_" * 40, "\u0301\u0316" * 50):
+    for text in (
+        "It's a café e\u0301\u0316 <|im_end|>\r\n  abc 123",
+        "👩‍👩‍👧 가각 ᄀ\u1161 مَرْ",
+        "\u00a0\u0085\u2028\t'\u017f",
+        "<|im_" * 40,
+        "\u0301\u0316" * 50,
+    ):
         yield b"\1" + text.encode()
 
 
@@ -67,8 +88,10 @@ def image_seeds():
         out = io.BytesIO()
         image.save(out, **options)
         yield out.getvalue()
-    yield b'{"prompt":"a \\u0000 cat","negative_prompt":"<&>","steps":8,"guidance_scale":3.5,"seed":7,"model":"a,b","lora":[{"name":"x","weight":1}]}'
-    yield b"MM\0*\0\0\0\x08\0\1\x87\x69\0\4\0\0\0\1\0\0\0\x1a\0\0\0\0\0\1\x92\x86\0\7\0\0\0\x0e\0\0\0\x2c\0\0\0\0UNICODE\0\0a\xd8\0\xdc\0"
+    metadata = {"prompt": "a \0 cat", "negative_prompt": "<&>", "steps": 8, "guidance_scale": 3.5, "seed": 7}
+    yield json.dumps(metadata | {"model": "a,b", "lora": "x.safetensors", "lora_weight": 1}).encode()
+    directory = b"MM\0*\0\0\0\x08\0\1\x87\x69\0\4\0\0\0\1\0\0\0\x1a\0\0\0\0"
+    yield directory + b"\0\1\x92\x86\0\7\0\0\0\x0e\0\0\0\x2c\0\0\0\0UNICODE\0\0a\xd8\0\xdc\0"
 
 
 def main():

@@ -2,8 +2,9 @@
 //
 //   FUZZER SECONDS [SEED_FILE...]
 //
-// Tries every seed, then seeds with a few mutations each until the time is over. The same seeds give the same inputs in the same order.
-// The input at work is kept in memory only; a crash prints how to make it again.
+// Tries every seed, then seeds with a few mutations each until the time is over. The same seeds give the same inputs in the same
+// order. A crash leaves its input in the file `crash-input`.
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdint>
@@ -22,8 +23,15 @@ using Input = std::vector<uint8_t>;
 
 constexpr size_t kInputBytesMax = 1 << 16;
 uint64_t run_count = 0;
+const Input* current = nullptr;
 
-void say_where() { std::fprintf(stderr, "in input %llu of these seeds\n", static_cast<unsigned long long>(run_count)); }
+void keep_input() {
+    std::FILE* file = current ? std::fopen("crash-input", "wb") : nullptr;
+    if (!file) return;
+    std::fwrite(current->data(), 1, current->size(), file);
+    std::fclose(file);
+    current = nullptr;
+}
 
 size_t below(std::mt19937_64& random, size_t limit) { return random() % limit; }
 
@@ -72,17 +80,23 @@ void run(const Input& input) {
     ++run_count;
     // A copy of the exact size, so that a sanitizer sees a read past its end.
     const Input exact(input);
+    current = &exact;
     LLVMFuzzerTestOneInput(exact.data(), exact.size());
+    current = nullptr;
 }
 
 }  // namespace
+
+// A sanitizer ends the process without a signal, and calls this first; there is none without a sanitizer.
+extern "C" void __sanitizer_set_death_callback(void (*callback)()) __attribute__((weak));
 
 int main(int argc, char** argv) {
     if (argc < 2) {
         std::fprintf(stderr, "usage: %s SECONDS [SEED_FILE...]\n", argv[0]);
         return 2;
     }
-    std::signal(SIGABRT, [](int) { say_where(); });
+    std::signal(SIGABRT, [](int) { keep_input(); });
+    if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(keep_input);
     std::vector<Input> seeds = {{}};
     for (int i = 2; i < argc; ++i) {
         std::ifstream file(argv[i], std::ios::binary);

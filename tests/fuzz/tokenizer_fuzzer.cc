@@ -1,5 +1,5 @@
-// The tokenizer on hostile bytes. The first byte chooses: an even one reads the rest as a tokenizer.json and, when that is taken, encodes
-// with it; an odd one reads the rest as a text for a small tokenizer that is known to be good.
+// The tokenizer on hostile bytes. The first byte chooses: an even one reads the rest as a tokenizer.json and, when that is taken,
+// encodes with it; an odd one reads the rest as a text for a small tokenizer that is known to be good.
 //
 // Only an Error may come out, and ids are below vocabulary_size().
 #include <cstdint>
@@ -31,8 +31,9 @@ std::string small_tokenizer() {
            R"("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+")"
            R"(},"behavior":"Isolated","invert":false},{"type":"ByteLevel","add_prefix_space":false,"use_regex":false}]},)"
            R"("model":{"type":"BPE","vocab":{)" +
-           vocab + R"(},"merges":["a b","ab c","\u0120 a","\u00cc \u0123"]},"added_tokens":[)"
-                   R"({"id":260,"content":"<|im_end|>","normalized":false},{"id":261,"content":"caf\u00e9","normalized":true}]})";
+           vocab +
+           R"(},"merges":["a b","ab c","\u0120 a","\u00cc \u0123"]},"added_tokens":[)"
+           R"({"id":260,"content":"<|im_end|>","normalized":false},{"id":261,"content":"caf\u00e9","normalized":true}]})";
 }
 
 void encode(const Tokenizer& tokenizer, std::string_view text) {

@@ -21,9 +21,10 @@ PARAMETERS = {
     "guidance_scale": 3.2,
     "seed": 2**63 - 1,
     "model": "demo",
-    "lora": [{"name": "ink", "weight": 0.8}],
+    "lora": "ink.safetensors",
+    "lora_weight": 0.8,
     "strength": 0.6,
-    "version": "0.1.0",
+    "version": "diffusionz 0.1.0",
 }
 TEXT = (
     "a red circle <lora:ink:0.8>\nNegative prompt: blurry\n"
@@ -49,7 +50,9 @@ def tool(probe, tmp_path):
 
     class Tool:
         def call(self, *args):
-            done = subprocess.run([probe("image_probe"), *map(str, args)], capture_output=True, timeout=120, check=False)
+            done = subprocess.run(
+                [probe("image_probe"), *map(str, args)], capture_output=True, timeout=120, check=False
+            )
             if done.returncode:
                 message = done.stderr.decode()
                 assert done.returncode == 1 and message.count("\n") == 1, message
@@ -140,7 +143,9 @@ def test_sharp_chroma(tool):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_same_call_gives_the_same_bytes(tool, kind):
-    assert tool.encode(picture(), kind, 80, json.dumps(PARAMETERS)) == tool.encode(picture(), kind, 80, json.dumps(PARAMETERS))
+    assert tool.encode(picture(), kind, 80, json.dumps(PARAMETERS)) == tool.encode(
+        picture(), kind, 80, json.dumps(PARAMETERS)
+    )
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -155,7 +160,7 @@ AWKWARD = [
     "{}",
     ' {"prompt" : "spaces outside", "a":[1, 2.50, null]}\r\n',
     json.dumps({"prompt": "emoji 👩‍👩‍👧‍👦 🇩🇪 and 一只熊猫 \U0010ffff"}, ensure_ascii=False),
-    json.dumps({"prompt": 'quotes " \' \\ and <tags> & &amp; ]]> </diffusionz:parameters>'}),
+    json.dumps({"prompt": "quotes \" ' \\ and <tags> & &amp; ]]> </diffusionz:parameters>"}),
     json.dumps({"prompt": "lines\nand\r\ntabs\t and \x00 control \x1b"}),
     json.dumps({"prompt": "Latin-1: café"}, ensure_ascii=False),
     json.dumps({"prompt": "long 长 " * 10_000}, ensure_ascii=False),
@@ -231,13 +236,15 @@ def test_parameters_of_other_tools_in_webp(tool, text, encoding):
     order, codec = ("<", "utf-16-le") if encoding == "II" else (">", "utf-16-be")
     comment = b"ASCII\0\0\0" + text.encode() if encoding == "ascii" else b"UNICODE\0" + text.encode(codec)
     exif = b"II*\0" if order == "<" else b"MM\0*"
-    exif += struct.pack(order + "IHHHIII", 8, 1, 0x8769, 4, 1, 26, 0) + struct.pack(order + "HHHIII", 1, 0x9286, 7, len(comment), 44, 0)
+    exif += struct.pack(order + "IHHHIII", 8, 1, 0x8769, 4, 1, 26, 0) + struct.pack(
+        order + "HHHIII", 1, 0x9286, 7, len(comment), 44, 0
+    )
     for marker in (b"", b"Exif\0\0"):
         data = saved(picture(), "WEBP", exif=marker + exif + comment)
         assert json.loads(tool.metadata(data)) == {"parameters": text}
 
 
-# --- What Pillow writes -------------------------------------------------------------------------------------------------
+# --- What Pillow writes -----------------------------------------------------------------------------------------------
 
 
 def rgba():
@@ -311,11 +318,15 @@ def test_webp_with_alpha(tool, lossless):
     assert difference(tool.decode(data), over_black(opened(data)))[0] <= 1
 
 
-# --- What is refused ----------------------------------------------------------------------------------------------------
+# --- What is refused --------------------------------------------------------------------------------------------------
 
 
 def test_other_formats_are_named_by_their_first_bytes(tool):
-    for data, first in ((saved(picture(), "JPEG"), "ff d8 ff e0"), (b"GIF89a", "47 49 46 38 39 61"), (b"", "0 bytes that begin with nothing")):
+    for data, first in (
+        (saved(picture(), "JPEG"), "ff d8 ff e0"),
+        (b"GIF89a", "47 49 46 38 39 61"),
+        (b"", "0 bytes that begin with nothing"),
+    ):
         with pytest.raises(RuntimeError, match=f"not a PNG or WebP.*{first}"):
             tool.decode(data)
         with pytest.raises(RuntimeError, match="not a PNG or WebP"):
@@ -349,9 +360,9 @@ def test_quality_out_of_range(tool, quality):
 
 
 def test_decompression_bombs(tool):
-    with pytest.raises(RuntimeError, match="the picture is 100000 x 100000; each side must be 1..16384"):
+    with pytest.raises(RuntimeError, match=r"the picture is 100000 x 100000; each side must be 1\.\.16384"):
         tool.decode(make_png(100_000, 100_000, 8, 2, b""))
-    with pytest.raises(RuntimeError, match="PNG: .* bytes are too few for 16384 x 16384"):
+    with pytest.raises(RuntimeError, match=r"PNG: .* bytes are too few for 16384 x 16384"):
         tool.decode(make_png(16384, 16384, 8, 2, b"\0" * 100))
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "x" * 50_000_000, zip=True)
@@ -369,6 +380,8 @@ def test_truncated_files_are_refused(tool, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_files_end_in_a_picture_or_an_error(tool, kind):
     data = tool.encode(picture(), kind, metadata=json.dumps(PARAMETERS))
-    damaged = [data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :] for i in range(0, len(data), 50) for flip in (0xFF, 0x01)]
+    damaged = [
+        data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :] for i in range(0, len(data), 50) for flip in (0xFF, 0x01)
+    ]
     for line in tool.check(damaged):
         assert line.startswith(("ok", "PNG: ", "WebP: ", "not a PNG or WebP")), line

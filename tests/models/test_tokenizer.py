@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  (the confusable letters are what is tested)
 """The tokenizer gives the ids that Hugging Face's tokenizers gives, on the same tokenizer.json."""
 
 import json
@@ -21,9 +22,10 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_start|>x"]  # th
 PLAIN = ["<think>", "</think>", "<tool_call>"]
 
 CORPUS = [
-    "The quick brown fox jumps over the lazy dog. It's what they're told, and we'll say they've done it; I'd go, I'm sure.",
-    "A photo of a cat sitting on a red chair beside the window, soft light, 35mm, f/1.8, highly detailed, 4k, 1024x1024",
-    "def main(argv: list[str]) -> int:\n    for index, value in enumerate(argv):\n        print(f'{index}: {value}')\n    return 0\n",
+    "The quick brown fox jumps over the lazy dog. It's what they're told, and we'll say they've done it; I'd go.",
+    "A photo of a cat sitting on a red chair beside the window, soft light, 35mm, f/1.8, 4k, 1024x1024",
+    "def main(argv: list[str]) -> int:\n"
+    "    for index, value in enumerate(argv):\n        print(f'{index}: {value}')\n    return 0\n",
     "#include <vector>\r\nint main() {\r\n\tstd::vector<int> v{1, 2, 3};\r\n\treturn v.size() == 3 ? 0 : 1;\r\n}\r\n",
     "一只可爱的熊猫在竹林里吃竹子，水墨画风格。阳光透过树叶洒下来，画面宁静而美丽。上面写着“你好，世界”。",
     "東京の夜景、雨に濡れた道路にネオンが反射している。カタカナとひらがなと漢字。",
@@ -40,7 +42,10 @@ def hf_starters():
     nfc = normalizers.NFC()
 
     def reordered(mark):
-        return nfc.normalize_str("\u0315" + mark) != "\u0315" + mark or nfc.normalize_str(mark + "\u0334") != mark + "\u0334"
+        return (
+            nfc.normalize_str("\u0315" + mark) != "\u0315" + mark
+            or nfc.normalize_str(mark + "\u0334") != mark + "\u0334"
+        )
 
     marks = (chr(c) for c in range(0x300, 0x110000) if unicodedata.combining(chr(c)) > 1)
     return {mark for mark in marks if not reordered(mark)}
@@ -51,7 +56,9 @@ def pipeline(model, pattern):
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -83,7 +90,9 @@ def saved(reference, tmp_path_factory):
 def run(executable, path, texts, max_tokens=10**6, *options):
     """Ids of each text by the probe."""
     lines = "".join(json.dumps(text) + "\n" for text in texts)
-    done = subprocess.run([executable, path, str(max_tokens), *options], input=lines, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [executable, path, str(max_tokens), *options], input=lines, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -98,17 +107,55 @@ def assert_same(executable, path, tokenizer, texts):
 def fuzzed(count, seed):
     """Texts put together from pieces that are each a trap of their own.
 
-    Random code points are those that Python's Unicode data names, less the marks of hf_starters(): only there do the two
-    normalizers' versions show. Nor U+11A7, an old Korean vowel, which tokenizers takes for a final consonant and loses
-    after a syllable such as U+AC00. How unassigned and newer characters are split is covered by test_code_points_of_every_block.
+    Random code points are those that Python's Unicode data names, less the marks of hf_starters(): only there do the
+    two normalizers' versions show. Nor U+11A7, an old Korean vowel, which tokenizers takes for a final
+    consonant and loses after a syllable such as U+AC00. How unassigned and newer characters are split is covered by
+    test_code_points_of_every_block.
     """
     rng = random.Random(seed)
     starters = hf_starters() | {"\u11a7", "\U00011935", "\U00011930"}  # the last two compose since Unicode 13
-    known = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs") and chr(c) not in starters]
+    known = [
+        chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs") and chr(c) not in starters
+    ]
     named = [c for c in known if unicodedata.category(c) != "Co"]
     marks = [c for c in named if unicodedata.combining(c)]
-    spaces = [" ", "  ", "\n", "\r\n", "\r", "\t", "\u00a0", "\u0085", "\u2028", "\u2029", "\u180e", "\u3000", "\u200b", "\x0b", "\x1c", " \n ", "    "]
-    quoted = ["'s", "'S", "'t", "'re", "'RE", "'Ve", "'m", "'ll", "'lL", "'d", "'", "''", "'\u017f", "'\u212a", "\u2019s", "'x"]
+    spaces = [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\r",
+        "\t",
+        "\u00a0",
+        "\u0085",
+        "\u2028",
+        "\u2029",
+        "\u180e",
+        "\u3000",
+        "\u200b",
+        "\x0b",
+        "\x1c",
+        " \n ",
+        "    ",
+    ]
+    quoted = [
+        "'s",
+        "'S",
+        "'t",
+        "'re",
+        "'RE",
+        "'Ve",
+        "'m",
+        "'ll",
+        "'lL",
+        "'d",
+        "'",
+        "''",
+        "'\u017f",
+        "'\u212a",
+        "\u2019s",
+        "'x",
+    ]
     words = " ".join(CORPUS).split()
     emoji = ["👩‍👩‍👧‍👦", "👍🏽", "🇩🇪", "🇫", "❤️‍🔥", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "1️⃣", "\ufe0f", "\u200d"]
     pieces = [
@@ -127,7 +174,19 @@ def fuzzed(count, seed):
         lambda: rng.choice("aeoAEO\u03b1\u0915\u1100") + "".join(rng.choice(marks) for _ in range(rng.randint(1, 5))),
         lambda: "".join(chr(rng.randrange(0x300, 0x370)) for _ in range(rng.randint(1, 8))),
         lambda: unicodedata.normalize("NFD", rng.choice(words)),
-        lambda: "".join(chr(rng.choice([rng.randrange(0x1100, 0x1113), rng.randrange(0x1161, 0x1176), rng.randrange(0x11A8, 0x11C3), 0xAC00])) for _ in range(4)),
+        lambda: "".join(
+            chr(
+                rng.choice(
+                    [
+                        rng.randrange(0x1100, 0x1113),
+                        rng.randrange(0x1161, 0x1176),
+                        rng.randrange(0x11A8, 0x11C3),
+                        0xAC00,
+                    ]
+                )
+            )
+            for _ in range(4)
+        ),
         lambda: chr(rng.randrange(0x4E00, 0x9FFF)) * rng.randint(1, 3),
         lambda: "\x00",
     ]
@@ -136,7 +195,7 @@ def fuzzed(count, seed):
 
 @pytest.fixture(scope="module")
 def boundaries(tmp_path_factory):
-    """A tokenizer whose ids show every boundary between words: it merges each of a few characters with whatever byte is beside it."""
+    """Ids that show every boundary between words: each of a few characters merges with whatever byte is beside it."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate(letters)}
     merges = []
@@ -159,29 +218,48 @@ def test_ten_thousand_fuzzed_texts(probe, reference, saved, boundaries):
 
 
 def test_code_points_of_every_block(probe, boundaries):
-    """Between letters, digits, spaces and quotes: the classes of both libraries agree. Every code point of the first two planes,
-    but of the long runs of one kind (ideographs, Hangul, private and empty planes) every seventh or 97th."""
+    """The classes of both libraries agree, between letters, digits, spaces and quotes. Every code point of the first
+    two planes, but of the long runs of one kind (ideographs, Hangul, private and empty planes) every 7th or 97th."""
 
     def chosen(c):
         if 0x3400 <= c < 0x9F00 or 0xAC00 <= c < 0xD700 or 0x20000 <= c < 0x33500:
             return c % 7 == 0
         if 0xD800 <= c < 0xE000:
             return False
-        return c < 0x20000 and not 0xE000 <= c < 0xF900 or 0xE0000 <= c < 0xE0200 or c % 97 == 0
+        return (c < 0x20000 and not 0xE000 <= c < 0xF900) or 0xE0000 <= c < 0xE0200 or c % 97 == 0
 
     points = [chr(c) for c in range(0x110000) if chosen(c)]
-    texts = ["".join(f"a{c}a {c}  {c}!a{c}'l1{c}1\n{c}\n" for c in points[i : i + 64]) for i in range(0, len(points), 64)]
+    texts = [
+        "".join(f"a{c}a {c}  {c}!a{c}'l1{c}1\n{c}\n" for c in points[i : i + 64]) for i in range(0, len(points), 64)
+    ]
     assert_same(probe("tokenizer_probe"), boundaries[1], boundaries[0], texts)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n", "\x00", "a" * 30_000, "ab " * 20_000, " " * 50_000 + "x", "\n \n" * 10_000, "가" * 5_000, "e" + "\u0301\u0316" * 5_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n",
+        "\x00",
+        "a" * 30_000,
+        "ab " * 20_000,
+        " " * 50_000 + "x",
+        "\n \n" * 10_000,
+        "가" * 5_000,
+        "e" + "\u0301\u0316" * 5_000,
+    ],
+)
 def test_long_and_short_texts(probe, reference, saved, text):
     assert_same(probe("tokenizer_probe"), saved, reference, [text])
 
 
 def test_time_grows_with_the_length_alone(probe, saved):
     """A megabyte of what is worst for merging, splitting and normalizing."""
-    texts = [text * (1_000_000 // len(text.encode())) for text in ("a", " ", "e\u0316\u0301", "\u0301\u0316", "<|im_", "'", "word ")]
+    texts = [
+        text * (1_000_000 // len(text.encode()))
+        for text in ("a", " ", "e\u0316\u0301", "\u0301\u0316", "<|im_", "'", "word ")
+    ]
     start = time.monotonic()
     run(probe("tokenizer_probe"), saved, texts)
     assert time.monotonic() - start < 20
@@ -217,7 +295,8 @@ def test_chat_form_and_truncation_are_those_of_transformers(probe, reference, sa
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in PLAIN])
     # Qwen3's template, as far as one user turn goes.
     tokenizer.chat_template = (
-        "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+        "{%- for message in messages %}"
+        "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
         "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
     )
     prompts = ["", "a red circle", " two\n\nlines ", "一只熊猫", "<|im_end|>", "word " * 2000, *fuzzed(200, seed=4)]
@@ -268,11 +347,11 @@ BYTE_LEVEL = ("pre_tokenizer", "pretokenizers", 1)
         (("post_processor",), {"type": "TemplateProcessing"}, "TemplateProcessing"),
         (("pre_tokenizer",), None, "pre_tokenizer is not a JSON object"),
         (("pre_tokenizer",), {"type": "Whitespace"}, 'pre_tokenizer.type is "Whitespace"'),
-        (BYTE_LEVEL + ("add_prefix_space",), True, "pre_tokenizer.add_prefix_space is true"),
-        (BYTE_LEVEL + ("use_regex",), True, "more than one split"),
-        (SPLIT + ("behavior",), "Removed", 'pre_tokenizer.behavior is "Removed"'),
-        (SPLIT + ("invert",), True, "pre_tokenizer.invert is true"),
-        (SPLIT + ("pattern",), {"String": " "}, "pre_tokenizer.pattern.Regex is null"),
+        ((*BYTE_LEVEL, "add_prefix_space"), True, "pre_tokenizer.add_prefix_space is true"),
+        ((*BYTE_LEVEL, "use_regex"), True, "more than one split"),
+        ((*SPLIT, "behavior"), "Removed", 'pre_tokenizer.behavior is "Removed"'),
+        ((*SPLIT, "invert"), True, "pre_tokenizer.invert is true"),
+        ((*SPLIT, "pattern"), {"String": " "}, "pre_tokenizer.pattern.Regex is null"),
         (("added_tokens", 0, "lstrip"), True, "added_tokens.lstrip is true"),
         (("added_tokens", 0, "single_word"), True, "added_tokens.single_word is true"),
         (("added_tokens", 0, "content"), "a", "token 'a' has id"),
@@ -303,13 +382,15 @@ def test_what_is_not_supported_is_named(probe, saved, tmp_path, path, value, mes
 )
 def test_patterns_that_two_libraries_read_differently_are_refused(probe, saved, tmp_path, pattern, message):
     content = json.loads(saved.read_text(encoding="utf-8"))
-    change(content, SPLIT + ("pattern",), {"Regex": pattern})
+    change(content, (*SPLIT, "pattern"), {"Regex": pattern})
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     refused(probe, tmp_path / "tokenizer.json", message)
 
 
 def refused(probe, path, message):
-    done = subprocess.run([probe("tokenizer_probe"), path, "9"], input='"a"\n', capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [probe("tokenizer_probe"), path, "9"], input='"a"\n', capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -325,7 +406,10 @@ def test_damaged_files_are_refused(probe, saved, tmp_path):
         refused(probe, tmp_path / "cut.json", "not valid JSON at byte")
 
 
-@pytest.mark.parametrize(("text", "offset"), [(b"\xff", 0), (b"ab\xc3", 2), (b"a\xed\xa0\x80", 1), (b"\xc0\x80", 0), (b"\xf4\x90\x80\x80", 0), (b"ok\x80", 2)])
+@pytest.mark.parametrize(
+    ("text", "offset"),
+    [(b"\xff", 0), (b"ab\xc3", 2), (b"a\xed\xa0\x80", 1), (b"\xc0\x80", 0), (b"\xf4\x90\x80\x80", 0), (b"ok\x80", 2)],
+)
 def test_text_that_is_not_utf8_is_refused(probe, saved, text, offset):
     done = subprocess.run([probe("tokenizer_probe"), saved, "9", "--raw"], input=text, capture_output=True, timeout=60)
     assert done.returncode == 1

@@ -17,7 +17,9 @@ int main(int argc, char** argv) {
     try {
         const auto tokenizer = diffusionz::Tokenizer::from_file(argv[1]);
         const size_t max_tokens = std::stoull(argv[2]);
-        auto print_ids = [&](const std::string& text) { std::cout << nlohmann::json(tokenizer.encode(text, max_tokens)) << '\n'; };
+        auto print_ids = [&](const std::string& text) {
+            std::cout << nlohmann::json(tokenizer.encode(text, max_tokens)) << '\n';
+        };
         if (option == "--raw") {
             print_ids(std::string(std::istreambuf_iterator<char>(std::cin), {}));
             return 0;

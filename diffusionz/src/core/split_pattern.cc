@@ -83,7 +83,8 @@ private:
         if (c == 'p' || c == 'P') {
             // General categories only: a script's name means the Script in one library and Script_Extensions in the other.
             static constexpr std::string_view kGroups = "LMNPSZC";
-            static constexpr std::string_view kCategories = "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf ";
+            static constexpr std::string_view kCategories =
+                "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf ";
             const size_t close = source_.find('}', at_);
             if (at_ + 2 >= source_.size() || source_[at_ + 2] != '{' || close == source_.npos) refuse(2);
             const auto category = source_.substr(at_ + 3, close - at_ - 3);
@@ -184,11 +185,13 @@ std::string pcre2_message(int code) {
 
 SplitPattern::SplitPattern(std::string_view oniguruma, const std::string& name) : name_(name) {
     if (oniguruma.size() > kPatternLengthMax)
-        fail(DIFFUSIONZ_E_MODEL, name, ": the split pattern has ", oniguruma.size(), " bytes; at most ", kPatternLengthMax, " are allowed");
+        fail(DIFFUSIONZ_E_MODEL, name, ": the split pattern has ", oniguruma.size(), " bytes; at most ", kPatternLengthMax,
+             " are allowed");
     const std::string source = Translator(oniguruma, name).run();
     int error = 0;
     PCRE2_SIZE error_offset = 0;
-    code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(source.data()), source.size(), PCRE2_UTF | PCRE2_UCP, &error, &error_offset, nullptr),
+    code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(source.data()), source.size(), PCRE2_UTF | PCRE2_UCP, &error,
+                              &error_offset, nullptr),
                 pcre2_code_free);
     if (!code_) fail(DIFFUSIONZ_E_MODEL, name, ": the split pattern is not valid (", pcre2_message(error), "): ", oniguruma);
     uint32_t matches_empty = 0;
@@ -218,8 +221,8 @@ bool SplitPattern::Words::next(std::string_view& word) {
         // The text is known to be UTF-8. Without this flag PCRE2 would read the rest of it again for each word.
         uint32_t options = PCRE2_NO_UTF_CHECK;
         auto match = [&] {
-            return pcre2_match(pattern_.code_.get(), reinterpret_cast<PCRE2_SPTR>(text_.data()), text_.size(), offset_, options, data,
-                               pattern_.context_.get());
+            return pcre2_match(pattern_.code_.get(), reinterpret_cast<PCRE2_SPTR>(text_.data()), text_.size(), offset_, options,
+                               data, pattern_.context_.get());
         };
         int count = match();
         if (count == PCRE2_ERROR_JIT_STACKLIMIT) {
@@ -228,7 +231,8 @@ bool SplitPattern::Words::next(std::string_view& word) {
         }
         if (count == PCRE2_ERROR_NOMEMORY) throw std::bad_alloc();
         if (count < 0 && count != PCRE2_ERROR_NOMATCH)
-            fail(DIFFUSIONZ_E_MODEL, pattern_.name_, ": the split pattern failed at byte ", offset_, " of a text (", pcre2_message(count), ")");
+            fail(DIFFUSIONZ_E_MODEL, pattern_.name_, ": the split pattern failed at byte ", offset_, " of a text (",
+                 pcre2_message(count), ")");
         match_begin_ = match_end_ = text_.size();
         if (count >= 0) {
             const PCRE2_SIZE* span = pcre2_get_ovector_pointer(data);

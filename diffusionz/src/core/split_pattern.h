@@ -31,7 +31,7 @@ public:
     private:
         const SplitPattern& pattern_;
         std::string_view text_;
-        size_t offset_ = 0;     // where the next word begins
+        size_t offset_ = 0;       // where the next word begins
         size_t match_begin_ = 0;  // a match found behind a gap, handed out after it; empty when there is none
         size_t match_end_ = 0;
         std::shared_ptr<void> match_data_;

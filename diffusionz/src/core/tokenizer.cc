@@ -51,7 +51,8 @@ public:
 
     bool number_unsigned(number_unsigned_t value) override {
         if (part_ != Part::kVocabulary) return scalar(value);
-        if (value > kIdMax) fail(DIFFUSIONZ_E_MODEL, name_, ": token '", key_, "' has id ", value, "; at most ", kIdMax, " is allowed");
+        if (value > kIdMax)
+            fail(DIFFUSIONZ_E_MODEL, name_, ": token '", key_, "' has id ", value, "; at most ", kIdMax, " is allowed");
         if (!vocabulary.add(key_, static_cast<int32_t>(value)))
             fail(DIFFUSIONZ_E_MODEL, name_, ": token '", key_, "' is twice in model.vocab");
         id_max = std::max(id_max, static_cast<int32_t>(value));
@@ -152,25 +153,28 @@ private:
 
     [[noreturn]] void bad_part() const {
         if (part_ == Part::kMerges) bad_merge();
-        fail(DIFFUSIONZ_E_MODEL, name_, ": model.vocab must map each token to its id, a whole number from 0 on; '", key_, "' has something else");
+        fail(DIFFUSIONZ_E_MODEL, name_, ": model.vocab must map each token to its id, a whole number from 0 on; '", key_,
+             "' has something else");
     }
     [[noreturn]] void bad_merge() const {
-        fail(DIFFUSIONZ_E_MODEL, name_, ": entry ", merges.size() - (pair_size_ >= 0), " of model.merges is neither \"a b\" nor [\"a\", \"b\"]");
+        fail(DIFFUSIONZ_E_MODEL, name_, ": entry ", merges.size() - (pair_size_ >= 0),
+             " of model.merges is neither \"a b\" nor [\"a\", \"b\"]");
     }
 
     const std::string& name_;
     Part part_ = Part::kDocument;
-    std::string key_;           // the last key read
-    std::vector<json*> open_;   // objects and arrays that are not closed yet, the outermost first
+    std::string key_;          // the last key read
+    std::vector<json*> open_;  // objects and arrays that are not closed yet, the outermost first
     const json* model_ = nullptr;
-    int pair_size_ = -1;        // strings read of a merge written as an array; -1 outside of one
+    int pair_size_ = -1;  // strings read of a merge written as an array; -1 outside of one
 };
 
 // The settings of one JSON object, each of which must be asked for: what is left over is refused.
 class Settings {
 public:
     // `where` is what messages call it, "model" or "pre_tokenizer".
-    Settings(const json& object, std::string where, const std::string& name) : object_(object), where_(std::move(where)), name_(name) {
+    Settings(const json& object, std::string where, const std::string& name)
+        : object_(object), where_(std::move(where)), name_(name) {
         if (!object.is_object()) fail(DIFFUSIONZ_E_MODEL, name, ": ", where_, " is not a JSON object");
     }
 
@@ -270,14 +274,16 @@ std::string split_pattern(const json& pre_tokenizer, const std::string& name) {
             // The one value that tokenizers takes an absent setting for is true, for both.
             if (settings.flag("add_prefix_space", true)) settings.refuse("add_prefix_space", true);
             splits = settings.flag("use_regex", true);
-            if (splits && !pattern.empty()) fail(DIFFUSIONZ_E_MODEL, name, ": more than one split in pre_tokenizer is not supported");
+            if (splits && !pattern.empty())
+                fail(DIFFUSIONZ_E_MODEL, name, ": more than one split in pre_tokenizer is not supported");
             if (splits) pattern = kGpt2;
         } else {
             settings.refuse("type", type);
         }
         settings.no_others();
     });
-    if (!byte_level || pattern.empty()) fail(DIFFUSIONZ_E_MODEL, name, ": pre_tokenizer must split by a pattern and be ByteLevel");
+    if (!byte_level || pattern.empty())
+        fail(DIFFUSIONZ_E_MODEL, name, ": pre_tokenizer must split by a pattern and be ByteLevel");
     return pattern;
 }
 
@@ -300,7 +306,8 @@ size_t pair_hash(uint64_t pair) { return (pair * 0x9E3779B97F4A7C15u) >> 32; }
 void Tokenizer::AddedTokens::add(std::string content, int32_t id) {
     auto& tokens = by_first_byte[static_cast<unsigned char>(content[0])];
     tokens.push_back({std::move(content), id});
-    std::stable_sort(tokens.begin(), tokens.end(), [](const Token& a, const Token& b) { return a.content.size() > b.content.size(); });
+    std::stable_sort(tokens.begin(), tokens.end(),
+                     [](const Token& a, const Token& b) { return a.content.size() > b.content.size(); });
     empty = false;
 }
 
@@ -318,7 +325,8 @@ Tokenizer Tokenizer::from_file(const std::filesystem::path& tokenizer_json) {
     if (error) fail(DIFFUSIONZ_E_MODEL, tokenizer_json.string(), ": ", error.message());
     std::string text(size, '\0');
     std::ifstream file(tokenizer_json, std::ios::binary);
-    if (!file.read(text.data(), static_cast<std::streamsize>(size))) fail(DIFFUSIONZ_E_MODEL, tokenizer_json.string(), ": cannot be read");
+    if (!file.read(text.data(), static_cast<std::streamsize>(size)))
+        fail(DIFFUSIONZ_E_MODEL, tokenizer_json.string(), ": cannot be read");
     return from_json(text, tokenizer_json.string());
 }
 
@@ -349,7 +357,8 @@ Tokenizer Tokenizer::from_json(std::string_view text, const std::string& name) {
     for (int byte = 0; byte < 256; ++byte) {
         result.byte_ids_[byte] = reader.vocabulary.find(letters[byte]);
         if (result.byte_ids_[byte] < 0)
-            fail(DIFFUSIONZ_E_MODEL, name, ": model.vocab has no token '", letters[byte], "' for byte ", byte, "; it is not a byte-level vocabulary");
+            fail(DIFFUSIONZ_E_MODEL, name, ": model.vocab has no token '", letters[byte], "' for byte ", byte,
+                 "; it is not a byte-level vocabulary");
     }
     result.vocabulary_size_ = static_cast<size_t>(reader.id_max) + 1;
 
@@ -359,7 +368,8 @@ Tokenizer Tokenizer::from_json(std::string_view text, const std::string& name) {
         auto id_of = [&](const std::string& token) {
             const int32_t id = reader.vocabulary.find(token);
             if (id < 0)
-                fail(DIFFUSIONZ_E_MODEL, name, ": entry ", rank, " of model.merges needs token '", token, "', which model.vocab has not");
+                fail(DIFFUSIONZ_E_MODEL, name, ": entry ", rank, " of model.merges needs token '", token,
+                     "', which model.vocab has not");
             return id;
         };
         merges[rank] = {pair_key(id_of(left), id_of(right)), static_cast<int32_t>(rank), id_of(left + right)};
@@ -381,7 +391,8 @@ Tokenizer Tokenizer::from_json(std::string_view text, const std::string& name) {
         token.no_others();
         const int32_t in_model = reader.vocabulary.find(content);
         if (in_model >= 0 && in_model != id)
-            fail(DIFFUSIONZ_E_MODEL, name, ": token '", content, "' has id ", in_model, " in model.vocab and ", id.dump(), " in added_tokens");
+            fail(DIFFUSIONZ_E_MODEL, name, ": token '", content, "' has id ", in_model, " in model.vocab and ", id.dump(),
+                 " in added_tokens");
         if (normalized)
             result.added_normalized_.add(result.normalize_nfc_ ? nfc(content) : content, id);
         else
@@ -413,9 +424,11 @@ Tokenizer::Merge Tokenizer::find_merge(int32_t left, int32_t right) const {
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, size_t max_tokens) const {
     const size_t bad = utf8_error_offset(text);
-    if (bad != text.size()) fail(DIFFUSIONZ_E_ARGUMENT, "the text is not UTF-8: byte ", bad, " of ", text.size(), " begins no character");
+    if (bad != text.size())
+        fail(DIFFUSIONZ_E_ARGUMENT, "the text is not UTF-8: byte ", bad, " of ", text.size(), " begins no character");
     // Positions in a word are 32 bits wide.
-    if (text.size() > std::numeric_limits<int32_t>::max()) fail(DIFFUSIONZ_E_ARGUMENT, "the text has ", text.size(), " bytes; at most 2147483647 are allowed");
+    if (text.size() > std::numeric_limits<int32_t>::max())
+        fail(DIFFUSIONZ_E_ARGUMENT, "the text has ", text.size(), " bytes; at most 2147483647 are allowed");
 
     std::vector<int32_t> ids;
     // Cuts `part` at its added tokens and hands what lies between them to `between`.
@@ -495,6 +508,8 @@ void Tokenizer::encode_word(std::string_view word, std::vector<int32_t>& ids) co
     for (int32_t i = 0; i >= 0; i = symbols[i].next) ids.push_back(symbols[i].id);
 }
 
-std::string chat_form(std::string_view prompt) { return concat("<|im_start|>user\n", prompt, "<|im_end|>\n<|im_start|>assistant\n"); }
+std::string chat_form(std::string_view prompt) {
+    return concat("<|im_start|>user\n", prompt, "<|im_end|>\n<|im_start|>assistant\n");
+}
 
 }  // namespace diffusionz

@@ -48,6 +48,8 @@ void composite_over_black(std::vector<uint8_t>& pixels) {
 
 Rgb decode_image(Bytes bytes) { return format_of(bytes) == Format::kPng ? decode_png(bytes) : decode_webp(bytes); }
 
-std::string read_metadata(Bytes bytes) { return format_of(bytes) == Format::kPng ? read_png_metadata(bytes) : read_webp_metadata(bytes); }
+std::string read_metadata(Bytes bytes) {
+    return format_of(bytes) == Format::kPng ? read_png_metadata(bytes) : read_webp_metadata(bytes);
+}
 
 }  // namespace diffusionz

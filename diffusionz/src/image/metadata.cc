@@ -131,7 +131,8 @@ bool is_json_object(const std::string& text) {
 
 std::string parameters_text(const std::string& metadata_json) {
     if (metadata_json.size() > kMetadataBytesMax)
-        fail(DIFFUSIONZ_E_ARGUMENT, "the metadata has ", metadata_json.size(), " bytes; at most ", kMetadataBytesMax, " are allowed");
+        fail(DIFFUSIONZ_E_ARGUMENT, "the metadata has ", metadata_json.size(), " bytes; at most ", kMetadataBytesMax,
+             " are allowed");
     const json metadata = json::parse(metadata_json, nullptr, false);
     if (!metadata.is_object()) fail(DIFFUSIONZ_E_ARGUMENT, "the metadata is not a JSON object: ", metadata_json.substr(0, 80));
 
@@ -145,15 +146,18 @@ std::string parameters_text(const std::string& metadata_json) {
         text = get("parameters").get<std::string>();
     } else if (get("prompt").is_string()) {
         text = get("prompt").get<std::string>();
-        if (get("lora").is_array())
-            for (const json& lora : get("lora"))
-                if (lora.is_object() && lora.contains("name") && lora["name"].is_string() && lora.contains("weight") && lora["weight"].is_number())
-                    text += concat(" <lora:", lora["name"].get<std::string>(), ":", number_text(lora["weight"]), ">");
+        if (get("lora").is_string() && get("lora_weight").is_number()) {
+            auto name = get("lora").get<std::string>();
+            if (name.ends_with(".safetensors")) name.resize(name.rfind('.'));
+            text += concat(" <lora:", name, ":", number_text(get("lora_weight")), ">");
+        }
         if (get("negative_prompt").is_string() && get("negative_prompt") != "")
             text += "\nNegative prompt: " + get("negative_prompt").get<std::string>();
 
         std::string settings;
-        auto add = [&](const char* name, const std::string& value) { settings += concat(settings.empty() ? "" : ", ", name, ": ", value); };
+        auto add = [&](const char* name, const std::string& value) {
+            settings += concat(settings.empty() ? "" : ", ", name, ": ", value);
+        };
         auto add_key = [&](const char* name, const char* key) {
             if (!get(key).is_null()) add(name, setting_text(get(key)));
         };
@@ -163,10 +167,11 @@ std::string parameters_text(const std::string& metadata_json) {
         // where 1 is off: one more.
         if (get("guidance_scale").is_number()) add("CFG scale", number_text(get("guidance_scale").get<double>() + 1));
         add_key("Seed", "seed");
-        if (!get("width").is_null() && !get("height").is_null()) add("Size", setting_text(get("width")) + "x" + setting_text(get("height")));
+        if (!get("width").is_null() && !get("height").is_null())
+            add("Size", setting_text(get("width")) + "x" + setting_text(get("height")));
         add_key("Model", "model");
         add_key("Denoising strength", "strength");
-        if (get("version").is_string()) add("Version", "diffusionz " + get("version").get<std::string>());
+        add_key("Version", "version");
         text += "\n" + settings;
     }
     // A chunk of text ends at a NUL.
@@ -250,9 +255,10 @@ std::string xmp_json(std::string_view xmp) {
     std::string_view escaped = xmp.substr(begin + kXmpOpen.size(), end - begin - kXmpOpen.size());
     std::string text;
     while (!escaped.empty()) {
-        static constexpr std::pair<std::string_view, char> kEntities[] = {
-            {"&amp;", '&'}, {"&lt;", '<'}, {"&gt;", '>'}, {"&#13;", '\r'}, {"&quot;", '"'}, {"&apos;", '\''}};
-        const auto* entity = std::find_if(std::begin(kEntities), std::end(kEntities), [&](auto& one) { return escaped.starts_with(one.first); });
+        static constexpr std::pair<std::string_view, char> kEntities[] = {{"&amp;", '&'},  {"&lt;", '<'},   {"&gt;", '>'},
+                                                                          {"&#13;", '\r'}, {"&quot;", '"'}, {"&apos;", '\''}};
+        const auto* entity =
+            std::find_if(std::begin(kEntities), std::end(kEntities), [&](auto& one) { return escaped.starts_with(one.first); });
         text += entity == std::end(kEntities) ? escaped[0] : entity->second;
         escaped.remove_prefix(entity == std::end(kEntities) ? 1 : entity->first.size());
     }

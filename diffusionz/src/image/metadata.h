@@ -16,14 +16,13 @@ namespace diffusionz {
 
 // The A1111 text of a JSON object of generation parameters:
 //
-//   {prompt} <lora:{lora.name}:{lora.weight}>
+//   {prompt} <lora:{lora, without .safetensors}:{lora_weight}>
 //   Negative prompt: {negative_prompt}
 //   Steps: {steps}, Sampler: Euler, CFG scale: {guidance_scale + 1}, Seed: {seed}, Size: {width}x{height}, Model: {model},
-//   Denoising strength: {strength}, Version: diffusionz {version}          (one line with the one above)
+//   Denoising strength: {strength}, Version: {version}          (one line with the one above)
 //
-// Keys that are absent or null are left out. `lora` is a list of {"name", "weight"}. A string `parameters` is taken as it is, in place
-// of all others; without it and without `prompt` the text is "". Fails with E_ARGUMENT when `metadata_json` is not a JSON
-// object, or is too long.
+// Keys that are absent or null are left out. A string `parameters` is taken as it is, in place of all others; without it and
+// without `prompt` the text is "". Fails with E_ARGUMENT when `metadata_json` is not a JSON object, or is too long.
 std::string parameters_text(const std::string& metadata_json);
 
 // {"parameters": text}, for a picture of another tool. What is not UTF-8 in it becomes U+FFFD.

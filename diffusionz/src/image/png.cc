@@ -102,7 +102,8 @@ private:
 void check_header(Bytes bytes) {
     if (bytes.size() < 24) fail(DIFFUSIONZ_E_IMAGE, "PNG: the file ends early, after ", bytes.size(), " bytes");
     auto number = [&](size_t offset) {
-        return int64_t{bytes[offset]} << 24 | int64_t{bytes[offset + 1]} << 16 | int64_t{bytes[offset + 2]} << 8 | bytes[offset + 3];
+        return int64_t{bytes[offset]} << 24 | int64_t{bytes[offset + 1]} << 16 | int64_t{bytes[offset + 2]} << 8 |
+               bytes[offset + 3];
     };
     check_image_size("PNG", number(16), number(20), kImageSideMax);
 }
@@ -111,7 +112,8 @@ void check_header(Bytes bytes) {
 void check_data_size(const Handle& handle, Bytes bytes) {
     const size_t height = png_get_image_height(handle.png(), handle.info());
     if (png_get_rowbytes(handle.png(), handle.info()) * height / 1032 > bytes.size())
-        fail(DIFFUSIONZ_E_IMAGE, "PNG: ", bytes.size(), " bytes are too few for ", png_get_image_width(handle.png(), handle.info()), " x ", height);
+        fail(DIFFUSIONZ_E_IMAGE, "PNG: ", bytes.size(), " bytes are too few for ",
+             png_get_image_width(handle.png(), handle.info()), " x ", height);
 }
 
 }  // namespace
@@ -137,7 +139,10 @@ std::vector<uint8_t> encode_png(const uint8_t* rgb, int32_t width, int32_t heigh
     Handle handle(out);
     handle.attempt([&](png_structp png, png_infop info) {
         png_set_user_limits(png, kImageSideMax, kImageSideMax);
-        png_set_IHDR(png, info, width, height, 8, PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
+        png_set_IHDR(png, info, width, height, 8, PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT,
+                     PNG_FILTER_TYPE_DEFAULT);
+        png_set_compression_level(png,
+                                  4);  // 6, zlib's own choice, takes 1.7 times as long and saves nothing on a picture like ours
         png_set_text(png, info, texts, text_count);
         png_write_info(png, info);
         for (int32_t y = 0; y < height; ++y) png_write_row(png, rgb + size_t(y) * width * 3);

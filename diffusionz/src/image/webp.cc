@@ -15,9 +15,12 @@ namespace {
 
 // A file that is shorter than its header says is refused even where the picture itself is whole.
 void check_container(Bytes bytes) {
-    const size_t claimed = bytes.size() < 12 ? SIZE_MAX : 8 + (size_t{bytes[4]} | size_t{bytes[5]} << 8 | size_t{bytes[6]} << 16 | size_t{bytes[7]} << 24);
+    const size_t claimed = bytes.size() < 12
+                               ? SIZE_MAX
+                               : 8 + (size_t{bytes[4]} | size_t{bytes[5]} << 8 | size_t{bytes[6]} << 16 | size_t{bytes[7]} << 24);
     if (bytes.size() < 12) fail(DIFFUSIONZ_E_IMAGE, "WebP: the file ends early, after ", bytes.size(), " bytes");
-    if (bytes.size() < claimed) fail(DIFFUSIONZ_E_IMAGE, "WebP: the file ends early, after ", bytes.size(), " of ", claimed, " bytes");
+    if (bytes.size() < claimed)
+        fail(DIFFUSIONZ_E_IMAGE, "WebP: the file ends early, after ", bytes.size(), " of ", claimed, " bytes");
 }
 
 const char* decode_error(VP8StatusCode status) {
@@ -66,9 +69,10 @@ std::vector<uint8_t> encode_webp(const uint8_t* rgb, int32_t width, int32_t heig
 
     WebPConfig config;
     WebPPicture picture;
-    if (!WebPConfigInit(&config) || !WebPPictureInit(&picture)) fail(DIFFUSIONZ_E_INTERNAL, "libwebp is of another version than its headers");
+    if (!WebPConfigInit(&config) || !WebPPictureInit(&picture))
+        fail(DIFFUSIONZ_E_INTERNAL, "libwebp is of another version than its headers");
     if (lossless) {
-        WebPConfigLosslessPreset(&config, 3);  // 6, the default, takes three times as long for 2 % of the bytes
+        WebPConfigLosslessPreset(&config, 1);  // 6, libwebp's own choice, takes twice as long and saves 1.5 % of the bytes
     } else {
         config.quality = static_cast<float>(quality);
         config.use_sharp_yuv = 1;  // without it thin red and blue lines bleed
@@ -83,8 +87,10 @@ std::vector<uint8_t> encode_webp(const uint8_t* rgb, int32_t width, int32_t heig
     picture.writer = WebPMemoryWrite;
     picture.custom_ptr = &writer;
     if (!WebPPictureImportRGB(&picture, rgb, 3 * width) || !WebPEncode(&config, &picture)) {
-        if (picture.error_code == VP8_ENC_ERROR_OUT_OF_MEMORY || picture.error_code == VP8_ENC_ERROR_BITSTREAM_OUT_OF_MEMORY) throw std::bad_alloc();
-        fail(DIFFUSIONZ_E_IMAGE, "WebP: a picture of ", width, " x ", height, " cannot be encoded (error ", picture.error_code, ")");
+        if (picture.error_code == VP8_ENC_ERROR_OUT_OF_MEMORY || picture.error_code == VP8_ENC_ERROR_BITSTREAM_OUT_OF_MEMORY)
+            throw std::bad_alloc();
+        fail(DIFFUSIONZ_E_IMAGE, "WebP: a picture of ", width, " x ", height, " cannot be encoded (error ", picture.error_code,
+             ")");
     }
     if (metadata_json.empty()) return {writer.mem, writer.mem + writer.size};
     return with_metadata({writer.mem, writer.size}, metadata_json);
