@@ -1,4 +1,4 @@
-"""Writes seeds for the fuzzers: make_corpus.py FOLDER makes FOLDER/tokenizer/ and FOLDER/image/."""
+"""Writes seeds for the fuzzers: make_corpus.py FOLDER makes FOLDER/tokenizer/, FOLDER/image/ and FOLDER/safetensors/."""
 
 import io
 import json
@@ -94,8 +94,26 @@ def image_seeds():
     yield directory + b"\0\1\x92\x86\0\7\0\0\0\x0e\0\0\0\x2c\0\0\0\0UNICODE\0\0a\xd8\0\xdc\0"
 
 
+def safetensors_seeds():
+    def file(header, body=b""):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + body
+
+    def tensor(dtype, shape, begin, end):
+        return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+    yield file({"a": tensor("F32", [2, 3], 0, 24), "b.c": tensor("BF16", [2], 24, 28), "__metadata__": {"k": "v"}}, bytes(28))
+    yield file({"scalar": tensor("F64", [], 0, 8), "empty": tensor("F16", [0, 4], 8, 8), "ids": tensor("I64", [1], 8, 16)}, bytes(16))
+    # Lies: about its own length, a shape's product, offsets, two tensors in one place.
+    yield file({"a": tensor("F32", [2**33, 2**33], 0, 24)}, bytes(24))
+    yield file({"a": tensor("F32", [2], 0, 8), "b": tensor("F32", [2], 4, 12)}, bytes(12))
+    yield file({"a": tensor("U8", [4], 8, 4)}, bytes(8))
+    yield (2**63).to_bytes(8, "little") + b"{}"
+    yield file(b"[" * 5000)
+
+
 def main():
-    for name, seeds in (("tokenizer", tokenizer_seeds()), ("image", image_seeds())):
+    for name, seeds in (("tokenizer", tokenizer_seeds()), ("image", image_seeds()), ("safetensors", safetensors_seeds())):
         folder = pathlib.Path(sys.argv[1]) / name
         folder.mkdir(parents=True, exist_ok=True)
         for i, seed in enumerate(seeds):

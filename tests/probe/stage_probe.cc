@@ -2,17 +2,21 @@
 //
 //   stage_probe PLAN.json
 //
-// The plan: {"model": FOLDER, "precision": "float32" | "bfloat16", "inputs": FILE.safetensors, "outputs": FILE.safetensors, "stages": [...]}.
-// A stage reads tensors of `inputs` by name and writes float32 tensors named by its "out":
+// The plan: {"model": FOLDER, "precision": "float32" | "bfloat16", "inputs": FILE.safetensors, "outputs": FILE.safetensors,
+// "stages": [...]}. A stage reads tensors of `inputs` by name and writes float32 tensors named by its "out":
 //   {"stage": "tokens",      "prompt": TEXT, "out"}                                   ids of the chat form [tokens]
 //   {"stage": "features",    "prompt": TEXT, "out"}                                   [tokens, width]
-//   {"stage": "transformer", "latents": NAME [1 or n, c, h, w], "features": NAME [tokens, width], "time": T, "out"}    the model's output, not negated
+//   {"stage": "transformer", "latents": NAME [1 or n, c, h, w], "features": NAME [tokens, width], "time": T, "out"}    the
+//   model's output, not negated
 //   {"stage": "sigmas",      "steps": N, "width", "height", "out"}                    [N + 1]
-//   {"stage": "latents",     "request": {prompt, width, height, steps, seed, guidance_scale, negative_prompt, cfg_normalization, cfg_truncation, lora, lora_weight,
-//                             strength, image: NAME uint8-valued [h, w, 3]}, "out"}   latents at the start and after each step [steps + 1, c, h, w]
+//   {"stage": "latents",     "request": {prompt, width, height, steps, seed, guidance_scale, negative_prompt, cfg_normalization,
+//   cfg_truncation, lora, lora_weight,
+//                             strength, image: NAME uint8-valued [h, w, 3]}, "out"}   latents at the start and after each step
+//                             [steps + 1, c, h, w]
 //   {"stage": "decode",      "latents": NAME unscaled, "out"}                         [n, 3, 8h, 8w] in [-1, 1]
 //   {"stage": "encode",      "image": NAME [h, w, 3], "noise": NAME, "out"}           scaled latents
-//   {"stage": "time",        "latents": NAME, "features": NAME, "repeats": N, "out"}  seconds of N transformer calls [N], after one to warm up
+//   {"stage": "time",        "latents": NAME, "features": NAME, "repeats": N, "out"}  seconds of N transformer calls [N], after
+//   one to warm up
 //   {"stage": "time_decode", "latents": NAME, "repeats": N, "out"}                    seconds of N VAE decodes [N]
 #include <ATen/Functions.h>
 #include <c10/core/InferenceMode.h>
@@ -41,7 +45,8 @@ void write_safetensors(const std::string& path, const std::vector<std::pair<std:
     std::ofstream file(path, std::ios::binary);
     file.write(reinterpret_cast<const char*>(&size), sizeof size);
     file << text;
-    for (const auto& [name, tensor] : tensors) file.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
+    for (const auto& [name, tensor] : tensors)
+        file.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
     if (!file.flush()) fail(DIFFUSIONZ_E_INTERNAL, path, ": cannot be written");
 }
 
@@ -64,12 +69,15 @@ void run(const char* plan_path) {
     Engine engine(plan.at("model").get<std::string>(), {at::kCPU, dtype});
     const Model& model = engine.model();
     std::shared_ptr<const Checkpoint> inputs;
-    if (plan.contains("inputs")) inputs = std::make_shared<const Checkpoint>(Checkpoint::from_file(plan["inputs"].get<std::string>()));
+    if (plan.contains("inputs"))
+        inputs = std::make_shared<const Checkpoint>(Checkpoint::from_file(plan["inputs"].get<std::string>()));
     const auto input = [&](const nlohmann::json& stage, const char* key) {
         const std::string name = stage.at(key);
         return as_tensor(inputs->at(name), inputs, name, DIFFUSIONZ_E_ARGUMENT).to(at::kFloat);
     };
-    const auto ids_of = [&](const nlohmann::json& stage) { return model.tokenizer().encode(chat_form(stage.at("prompt").get<std::string>()), 512); };
+    const auto ids_of = [&](const nlohmann::json& stage) {
+        return model.tokenizer().encode(chat_form(stage.at("prompt").get<std::string>()), 512);
+    };
 
     std::vector<std::pair<std::string, at::Tensor>> outputs;
     for (const auto& stage : plan.at("stages")) {
@@ -83,14 +91,19 @@ void run(const char* plan_path) {
             const at::Tensor latents = input(stage, "latents"), features = input(stage, "features").to(dtype);
             const at::Tensor caption = model.transformer().refine_caption(features, nullptr).expand({latents.size(0), -1, -1});
             const auto positions = model.transformer().positions(latents.size(2), latents.size(3), caption.size(1));
-            const auto call = [&] { return model.transformer().forward(latents, stage.value("time", 0.5f), caption, positions, nullptr); };
+            const auto call = [&] {
+                return model.transformer().forward(latents, stage.value("time", 0.5f), caption, positions, nullptr);
+            };
             out = kind == "time" ? seconds_of(stage.at("repeats"), call) : call();
         } else if (kind == "sigmas") {
             const int64_t multiple = model.size_multiple();
-            out = at::tensor(make_sigmas(model.scheduler(), stage.at("steps"), stage.at("width").get<int64_t>() / multiple * (stage.at("height").get<int64_t>() / multiple)));
+            out = at::tensor(
+                make_sigmas(model.scheduler(), stage.at("steps"),
+                            stage.at("width").get<int64_t>() / multiple * (stage.at("height").get<int64_t>() / multiple)));
         } else if (kind == "latents") {
             const auto& asked = stage.at("request");
-            const std::string prompt = asked.at("prompt"), negative = asked.value("negative_prompt", ""), lora = asked.value("lora", "");
+            const std::string prompt = asked.at("prompt"), negative = asked.value("negative_prompt", ""),
+                              lora = asked.value("lora", "");
             DiffusionZRequest request{};
             request.prompt = prompt.c_str();
             request.negative_prompt = negative.c_str();

@@ -36,7 +36,8 @@ void check_size(const char* name, const Struct* value) {
     if (!value) fail(DIFFUSIONZ_E_ARGUMENT, name, " is NULL");
     // A larger one has fields that this library does not know and would ignore; a smaller one was not made by its _init.
     if (value->struct_size != sizeof(Struct)) {
-        fail(DIFFUSIONZ_E_ARGUMENT, name, "->struct_size is ", value->struct_size, "; this library (ABI ", DIFFUSIONZ_ABI_VERSION, ") knows ", sizeof(Struct));
+        fail(DIFFUSIONZ_E_ARGUMENT, name, "->struct_size is ", value->struct_size, "; this library (ABI ", DIFFUSIONZ_ABI_VERSION,
+             ") knows ", sizeof(Struct));
     }
 }
 
@@ -46,9 +47,12 @@ void check_context(const DiffusionZContext* ctx) {
 
 at::ScalarType dtype_of(int32_t precision, at::Device device) {
     switch (precision) {
-        case DIFFUSIONZ_PRECISION_AUTO: return device.is_cpu() ? at::kFloat : at::kBFloat16;
-        case DIFFUSIONZ_PRECISION_FLOAT32: return at::kFloat;
-        case DIFFUSIONZ_PRECISION_BFLOAT16: return at::kBFloat16;
+        case DIFFUSIONZ_PRECISION_AUTO:
+            return device.is_cpu() ? at::kFloat : at::kBFloat16;
+        case DIFFUSIONZ_PRECISION_FLOAT32:
+            return at::kFloat;
+        case DIFFUSIONZ_PRECISION_BFLOAT16:
+            return at::kBFloat16;
     }
     fail(DIFFUSIONZ_E_ARGUMENT, "precision is ", precision, "; it must be DIFFUSIONZ_PRECISION_* (0 to 2)");
 }
@@ -62,7 +66,8 @@ char* copy_string(const std::string& text) {
 
 // Moves bytes into memory that diffusionz_free_result frees.
 void set_image(DiffusionZResult& result, const uint8_t* data, size_t size_bytes, int32_t width, int32_t height) {
-    if (size_bytes > INT32_MAX) fail(DIFFUSIONZ_E_IMAGE, "the encoded picture has ", size_bytes, " bytes; a result holds at most ", INT32_MAX);
+    if (size_bytes > INT32_MAX)
+        fail(DIFFUSIONZ_E_IMAGE, "the encoded picture has ", size_bytes, " bytes; a result holds at most ", INT32_MAX);
     result.image_data = static_cast<uint8_t*>(std::malloc(size_bytes ? size_bytes : 1));
     if (!result.image_data) throw std::bad_alloc();
     std::memcpy(result.image_data, data, size_bytes);
@@ -71,10 +76,14 @@ void set_image(DiffusionZResult& result, const uint8_t* data, size_t size_bytes,
     result.height = height;
 }
 
-void encode(DiffusionZResult& result, const uint8_t* rgb, int32_t width, int32_t height, int32_t format, int32_t quality, const std::string& metadata) {
-    if (format == DIFFUSIONZ_FORMAT_RGB) return set_image(result, rgb, size_t{3} * static_cast<size_t>(width) * static_cast<size_t>(height), width, height);
-    const std::vector<uint8_t> bytes = format == DIFFUSIONZ_FORMAT_PNG ? encode_png(rgb, width, height, metadata)
-                                                                       : encode_webp(rgb, width, height, format == DIFFUSIONZ_FORMAT_WEBP_LOSSLESS, quality, metadata);
+void encode(DiffusionZResult& result, const uint8_t* rgb, int32_t width, int32_t height, int32_t format, int32_t quality,
+            const std::string& metadata) {
+    if (format == DIFFUSIONZ_FORMAT_RGB)
+        return set_image(result, rgb, size_t{3} * static_cast<size_t>(width) * static_cast<size_t>(height), width, height);
+    const std::vector<uint8_t> bytes =
+        format == DIFFUSIONZ_FORMAT_PNG
+            ? encode_png(rgb, width, height, metadata)
+            : encode_webp(rgb, width, height, format == DIFFUSIONZ_FORMAT_WEBP_LOSSLESS, quality, metadata);
     set_image(result, bytes.data(), bytes.size(), width, height);
 }
 
@@ -102,15 +111,24 @@ int32_t diffusionz_abi_version(void) { return DIFFUSIONZ_ABI_VERSION; }
 
 const char* diffusionz_status_name(int32_t status) {
     switch (status) {
-        case DIFFUSIONZ_OK: return "DIFFUSIONZ_OK";
-        case DIFFUSIONZ_E_ARGUMENT: return "DIFFUSIONZ_E_ARGUMENT";
-        case DIFFUSIONZ_E_MODEL: return "DIFFUSIONZ_E_MODEL";
-        case DIFFUSIONZ_E_LORA: return "DIFFUSIONZ_E_LORA";
-        case DIFFUSIONZ_E_IMAGE: return "DIFFUSIONZ_E_IMAGE";
-        case DIFFUSIONZ_E_OUT_OF_MEMORY: return "DIFFUSIONZ_E_OUT_OF_MEMORY";
-        case DIFFUSIONZ_E_DEVICE: return "DIFFUSIONZ_E_DEVICE";
-        case DIFFUSIONZ_E_CANCELLED: return "DIFFUSIONZ_E_CANCELLED";
-        case DIFFUSIONZ_E_INTERNAL: return "DIFFUSIONZ_E_INTERNAL";
+        case DIFFUSIONZ_OK:
+            return "DIFFUSIONZ_OK";
+        case DIFFUSIONZ_E_ARGUMENT:
+            return "DIFFUSIONZ_E_ARGUMENT";
+        case DIFFUSIONZ_E_MODEL:
+            return "DIFFUSIONZ_E_MODEL";
+        case DIFFUSIONZ_E_LORA:
+            return "DIFFUSIONZ_E_LORA";
+        case DIFFUSIONZ_E_IMAGE:
+            return "DIFFUSIONZ_E_IMAGE";
+        case DIFFUSIONZ_E_OUT_OF_MEMORY:
+            return "DIFFUSIONZ_E_OUT_OF_MEMORY";
+        case DIFFUSIONZ_E_DEVICE:
+            return "DIFFUSIONZ_E_DEVICE";
+        case DIFFUSIONZ_E_CANCELLED:
+            return "DIFFUSIONZ_E_CANCELLED";
+        case DIFFUSIONZ_E_INTERNAL:
+            return "DIFFUSIONZ_E_INTERNAL";
     }
     return "unknown status";
 }
@@ -155,8 +173,10 @@ int32_t diffusionz_init_with_options(const char* model_path, const DiffusionZIni
         if (!model_path) fail(DIFFUSIONZ_E_ARGUMENT, "model_path is NULL");
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
         check_size("options", options);
-        if (options->num_threads < 0 || options->num_threads > 4096) fail(DIFFUSIONZ_E_ARGUMENT, "num_threads is ", options->num_threads, "; it must be from 0 to 4096");
-        if (options->cuda_graphs != 0 && options->cuda_graphs != 1) fail(DIFFUSIONZ_E_ARGUMENT, "cuda_graphs is ", options->cuda_graphs, "; it must be 0 or 1");
+        if (options->num_threads < 0 || options->num_threads > 4096)
+            fail(DIFFUSIONZ_E_ARGUMENT, "num_threads is ", options->num_threads, "; it must be from 0 to 4096");
+        if (options->cuda_graphs != 0 && options->cuda_graphs != 1)
+            fail(DIFFUSIONZ_E_ARGUMENT, "cuda_graphs is ", options->cuda_graphs, "; it must be 0 or 1");
         const at::Device device = find_device(options->device_id);
         const Placement placement{device, dtype_of(options->precision, device)};
         if (options->num_threads > 0) at::set_num_threads(options->num_threads);
@@ -225,7 +245,8 @@ void diffusionz_request_init(DiffusionZRequest* request) {
     request->embed_metadata = 1;
 }
 
-int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZRequest* requests, int32_t count, DiffusionZTask* task, DiffusionZResult* results) {
+int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZRequest* requests, int32_t count, DiffusionZTask* task,
+                                  DiffusionZResult* results) {
     constexpr int32_t kCountMax = 1024;
     const bool writable = results && count >= 1 && count <= kCountMax;
     if (writable) std::fill_n(results, count, DiffusionZResult{});
@@ -246,8 +267,8 @@ int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZReques
         const auto pictures = ctx->engine.generate({requests, requests + count}, watched);
         for (int32_t i = 0; i < count; ++i) {
             const DiffusionZRequest& request = requests[i];
-            encode(results[i], pictures[static_cast<size_t>(i)].pixels.const_data_ptr<uint8_t>(), request.width, request.height, request.format, request.quality,
-                   request.embed_metadata ? ctx->engine.metadata(request) : std::string());
+            encode(results[i], pictures[static_cast<size_t>(i)].pixels.const_data_ptr<uint8_t>(), request.width, request.height,
+                   request.format, request.quality, request.embed_metadata ? ctx->engine.metadata(request) : std::string());
         }
     });
     if (status != DIFFUSIONZ_OK && writable) {
@@ -287,13 +308,17 @@ int32_t diffusionz_unload_lora(DiffusionZContext* ctx) {
     });
 }
 
-int32_t diffusionz_image_encode(const uint8_t* rgb, int32_t width, int32_t height, int32_t format, int32_t quality, const char* metadata_json, DiffusionZResult* out) {
+int32_t diffusionz_image_encode(const uint8_t* rgb, int32_t width, int32_t height, int32_t format, int32_t quality,
+                                const char* metadata_json, DiffusionZResult* out) {
     if (out) *out = {};
     const int32_t status = guard([&] {
         if (!rgb) fail(DIFFUSIONZ_E_ARGUMENT, "rgb is NULL");
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
-        if (width < 1 || height < 1 || int64_t{3} * width * height > INT32_MAX) fail(DIFFUSIONZ_E_ARGUMENT, width, " x ", height, " pixels; both sides must be over 0 and the pixels under 2^31 bytes");
-        if (format < DIFFUSIONZ_FORMAT_WEBP || format > DIFFUSIONZ_FORMAT_RGB) fail(DIFFUSIONZ_E_ARGUMENT, "format is ", format, "; it must be DIFFUSIONZ_FORMAT_* (0 to 3)");
+        if (width < 1 || height < 1 || int64_t{3} * width * height > INT32_MAX)
+            fail(DIFFUSIONZ_E_ARGUMENT, width, " x ", height,
+                 " pixels; both sides must be over 0 and the pixels under 2^31 bytes");
+        if (format < DIFFUSIONZ_FORMAT_WEBP || format > DIFFUSIONZ_FORMAT_RGB)
+            fail(DIFFUSIONZ_E_ARGUMENT, "format is ", format, "; it must be DIFFUSIONZ_FORMAT_* (0 to 3)");
         if (quality < 0 || quality > 100) fail(DIFFUSIONZ_E_ARGUMENT, "quality is ", quality, "; it must be from 0 to 100");
         encode(*out, rgb, width, height, format, quality, metadata_json ? metadata_json : "");
     });

@@ -28,14 +28,17 @@ std::vector<fs::path> files_ending(const fs::path& folder, const std::string& en
 }  // namespace
 
 Checkpoint Checkpoint::from_folder(const fs::path& folder) {
-    if (!fs::is_directory(folder)) fail(DIFFUSIONZ_E_MODEL, folder.string(), ": no such folder; a model in the diffusers layout has one");
+    if (!fs::is_directory(folder))
+        fail(DIFFUSIONZ_E_MODEL, folder.string(), ": no such folder; a model in the diffusers layout has one");
     Checkpoint checkpoint;
     checkpoint.name_ = folder.string();
     const auto indexes = files_ending(folder, ".safetensors.index.json");
     const auto files = files_ending(folder, ".safetensors");
     if (indexes.empty()) {
         if (files.empty()) fail(DIFFUSIONZ_E_MODEL, folder.string(), ": no .safetensors file in it");
-        if (files.size() > 1) fail(DIFFUSIONZ_E_MODEL, folder.string(), ": ", files.size(), " .safetensors files and no *.safetensors.index.json; which is meant is unclear");
+        if (files.size() > 1)
+            fail(DIFFUSIONZ_E_MODEL, folder.string(), ": ", files.size(),
+                 " .safetensors files and no *.safetensors.index.json; which is meant is unclear");
         checkpoint.add_file(files[0], DIFFUSIONZ_E_MODEL);
         return checkpoint;
     }
@@ -44,16 +47,18 @@ Checkpoint Checkpoint::from_folder(const fs::path& folder) {
     const JsonFile map = index.child("weight_map");
     for (const auto& [tensor, shard] : map.object().items()) {
         // An index may name its neighbours only: anything else could read outside the model's folder.
-        if (!shard.is_string() || shard.get<std::string>().empty() || fs::path(shard.get<std::string>()).filename() != shard.get<std::string>() ||
-            shard == "." || shard == "..") {
-            fail(DIFFUSIONZ_E_MODEL, index.name(), ": weight_map sends '", tensor, "' to ", shard.dump(), "; it must be a file name of the same folder");
+        if (!shard.is_string() || shard.get<std::string>().empty() ||
+            fs::path(shard.get<std::string>()).filename() != shard.get<std::string>() || shard == "." || shard == "..") {
+            fail(DIFFUSIONZ_E_MODEL, index.name(), ": weight_map sends '", tensor, "' to ", shard.dump(),
+                 "; it must be a file name of the same folder");
         }
         shards.insert(shard.get<std::string>());
     }
     if (shards.empty()) fail(DIFFUSIONZ_E_MODEL, index.name(), ": weight_map is missing or empty");
     for (const auto& shard : shards) checkpoint.add_file(folder / shard, DIFFUSIONZ_E_MODEL);
     for (const auto& [tensor, shard] : map.object().items()) {
-        if (!checkpoint.has(tensor)) fail(DIFFUSIONZ_E_MODEL, index.name(), ": '", tensor, "' is not in ", shard.get<std::string>());
+        if (!checkpoint.has(tensor))
+            fail(DIFFUSIONZ_E_MODEL, index.name(), ": '", tensor, "' is not in ", shard.get<std::string>());
     }
     return checkpoint;
 }
@@ -63,15 +68,21 @@ Checkpoint Checkpoint::from_file(const fs::path& file, const std::string& prefix
     checkpoint.name_ = file.string();
     checkpoint.add_file(file, status);
     if (!prefix.empty()) {
-        checkpoint.rename([&](const std::string& name) { return name.rfind(prefix, 0) == 0 ? name.substr(prefix.size()) : std::string(); });
+        checkpoint.rename(
+            [&](const std::string& name) { return name.rfind(prefix, 0) == 0 ? name.substr(prefix.size()) : std::string(); });
     }
     return checkpoint;
 }
 
 const TensorView& Checkpoint::at(const std::string& name) const {
     const auto found = tensors_.find(name);
-    if (found == tensors_.end()) fail(DIFFUSIONZ_E_MODEL, name_, ": tensor '", name, "' is missing; damaged, or a model of another architecture");
+    if (found == tensors_.end())
+        fail(DIFFUSIONZ_E_MODEL, name_, ": tensor '", name, "' is missing; damaged, or a model of another architecture");
     return found->second;
+}
+
+void Checkpoint::release_pages() const {
+    for (const auto& file : files_) file->release_pages();
 }
 
 void Checkpoint::strip_prefix(const std::string& prefix) {

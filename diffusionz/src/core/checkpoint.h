@@ -19,7 +19,8 @@ public:
     // A folder with one safetensors file, or with shards and their *.safetensors.index.json. Fails with E_MODEL.
     static Checkpoint from_folder(const std::filesystem::path& folder);
     // One file. Tensors are kept whose name begins with `prefix`, which is taken off.
-    static Checkpoint from_file(const std::filesystem::path& file, const std::string& prefix = "", int32_t status = DIFFUSIONZ_E_MODEL);
+    static Checkpoint from_file(const std::filesystem::path& file, const std::string& prefix = "",
+                                int32_t status = DIFFUSIONZ_E_MODEL);
 
     bool has(const std::string& name) const { return tensors_.count(name) != 0; }
     // Fails with E_MODEL when there is none.
@@ -29,6 +30,10 @@ public:
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
     // Where it came from, for messages.
     const std::string& name() const { return name_; }
+
+    // Tells the kernel that what was read so far is not needed soon: called once a layer has its own copy, it keeps a load from
+    // holding the model twice. Tensors that still point into the files stay readable.
+    void release_pages() const;
 
     // Takes `prefix` off every name that begins with it.
     void strip_prefix(const std::string& prefix);

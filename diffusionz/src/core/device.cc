@@ -43,9 +43,11 @@ at::Device find_device(int32_t device_id) {
     const int32_t count = cuda_device_count();
     if (device_id < -1 || device_id >= count) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-        fail(DIFFUSIONZ_E_DEVICE, "device_id is ", device_id, "; allowed are -1 (the CPU) and 0 to ", count - 1, " (CUDA devices here: ", count, ")");
+        fail(DIFFUSIONZ_E_DEVICE, "device_id is ", device_id, "; allowed are -1 (the CPU) and 0 to ", count - 1,
+             " (CUDA devices here: ", count, ")");
 #else
-        fail(DIFFUSIONZ_E_DEVICE, "device_id is ", device_id, "; this library was built without CUDA: only -1, the CPU, is allowed");
+        fail(DIFFUSIONZ_E_DEVICE, "device_id is ", device_id,
+             "; this library was built without CUDA: only -1, the CPU, is allowed");
 #endif
     }
     return at::Device(at::kCUDA, static_cast<at::DeviceIndex>(device_id));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <locale>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -23,6 +24,7 @@ private:
 template <class... Parts>
 std::string concat(const Parts&... parts) {
     std::ostringstream out;
+    out.imbue(std::locale::classic());  // the host's locale could put separators into numbers
     (out << ... << parts);
     return out.str();
 }

@@ -31,14 +31,16 @@ void JsonFile::refuse(const std::string& key, const std::string& allowed) const 
 int64_t JsonFile::integer(const std::string& key, int64_t fallback, int64_t min, int64_t max) const {
     if (!has(key)) return fallback;
     const auto& value = object_[key];
-    if (!value.is_number_integer() || value.get<int64_t>() < min || value.get<int64_t>() > max) refuse(key, range_text("an integer", min, max));
+    if (!value.is_number_integer() || value.get<int64_t>() < min || value.get<int64_t>() > max)
+        refuse(key, range_text("an integer", min, max));
     return value.get<int64_t>();
 }
 
 double JsonFile::number(const std::string& key, double fallback, double min, double max) const {
     if (!has(key)) return fallback;
     const auto& value = object_[key];
-    if (!value.is_number() || !(value.get<double>() >= min && value.get<double>() <= max)) refuse(key, range_text("a number", min, max));
+    if (!value.is_number() || !(value.get<double>() >= min && value.get<double>() <= max))
+        refuse(key, range_text("a number", min, max));
     return value.get<double>();
 }
 
@@ -54,12 +56,14 @@ std::string JsonFile::text(const std::string& key, const std::string& fallback) 
     return object_[key].get<std::string>();
 }
 
-std::vector<int64_t> JsonFile::integers(const std::string& key, const std::vector<int64_t>& fallback, int64_t min, int64_t max) const {
+std::vector<int64_t> JsonFile::integers(const std::string& key, const std::vector<int64_t>& fallback, int64_t min,
+                                        int64_t max) const {
     if (!has(key)) return fallback;
     std::vector<int64_t> values;
     if (!object_[key].is_array() || object_[key].size() > 1024) refuse(key, "a list of integers");
     for (const auto& value : object_[key]) {
-        if (!value.is_number_integer() || value.get<int64_t>() < min || value.get<int64_t>() > max) refuse(key, range_text("a list of integers", min, max));
+        if (!value.is_number_integer() || value.get<int64_t>() < min || value.get<int64_t>() > max)
+            refuse(key, range_text("a list of integers", min, max));
         values.push_back(value.get<int64_t>());
     }
     return values;

@@ -1,4 +1,5 @@
-// A JSON object of a model folder, read with checks: every accessor fails with E_MODEL, naming file, key, value and what is allowed.
+// A JSON object of a model folder, read with checks: every accessor fails with E_MODEL, naming file, key, value and what is
+// allowed.
 #pragma once
 
 #include <filesystem>

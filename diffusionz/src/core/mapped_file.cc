@@ -15,7 +15,7 @@ namespace diffusionz {
 MappedFile::MappedFile(const std::filesystem::path& path, int32_t status) : path_(path) {
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (descriptor < 0) fail(status, path.string(), ": ", std::strerror(errno));
-    struct stat info {};
+    struct stat info{};
     if (::fstat(descriptor, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size == 0) {
         ::close(descriptor);
         fail(status, path.string(), S_ISREG(info.st_mode) ? ": the file is empty" : ": not a regular file");
@@ -30,12 +30,6 @@ MappedFile::MappedFile(const std::filesystem::path& path, int32_t status) : path
 
 MappedFile::~MappedFile() { ::munmap(const_cast<uint8_t*>(data_), size_bytes_); }
 
-void MappedFile::release_pages(const void* data, size_t size_bytes) {
-    const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
-    // Whole pages inside the range alone: a neighbour's data may begin on the last one.
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + size_bytes) / page * page;
-    if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
-}
+void MappedFile::release_pages() const { ::madvise(const_cast<uint8_t*>(data_), size_bytes_, MADV_DONTNEED); }
 
 }  // namespace diffusionz

@@ -21,8 +21,8 @@ public:
     std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_bytes_}; }
     const std::filesystem::path& path() const { return path_; }
 
-    // Tells the kernel that the pages under [data, data + size_bytes) are not needed soon. They stay readable: the file backs them.
-    static void release_pages(const void* data, size_t size_bytes);
+    // Tells the kernel that the pages are not needed soon. They stay readable: the file backs them.
+    void release_pages() const;
 
 private:
     std::filesystem::path path_;

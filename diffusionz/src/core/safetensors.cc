@@ -18,9 +18,9 @@ struct DtypeRow {
     uint64_t size_bytes;
 };
 constexpr DtypeRow kDtypes[] = {
-    {"F64", Dtype::float64, 8}, {"F32", Dtype::float32, 4}, {"F16", Dtype::float16, 2}, {"BF16", Dtype::bfloat16, 2},
-    {"I64", Dtype::other, 8},   {"I32", Dtype::other, 4},   {"I16", Dtype::other, 2},   {"I8", Dtype::other, 1},
-    {"U64", Dtype::other, 8},   {"U32", Dtype::other, 4},   {"U16", Dtype::other, 2},   {"U8", Dtype::other, 1},
+    {"F64", Dtype::float64, 8}, {"F32", Dtype::float32, 4},   {"F16", Dtype::float16, 2},   {"BF16", Dtype::bfloat16, 2},
+    {"I64", Dtype::other, 8},   {"I32", Dtype::other, 4},     {"I16", Dtype::other, 2},     {"I8", Dtype::other, 1},
+    {"U64", Dtype::other, 8},   {"U32", Dtype::other, 4},     {"U16", Dtype::other, 2},     {"U8", Dtype::other, 1},
     {"BOOL", Dtype::other, 1},  {"F8_E4M3", Dtype::other, 1}, {"F8_E5M2", Dtype::other, 1}, {"F8_E8M0", Dtype::other, 1},
 };
 
@@ -51,7 +51,8 @@ SafetensorsFile read_safetensors(std::string_view file, const std::string& name,
     if (file.size() < 8) fail(status, name, ": ", file.size(), " bytes is too short for a safetensors file");
     const uint64_t header_bytes = little_endian_64(file.data());
     if (header_bytes > kHeaderBytesMax || header_bytes > file.size() - 8) {
-        fail(status, name, ": the header claims ", header_bytes, " bytes, the file has ", file.size() - 8, " after its length; truncated or no safetensors file");
+        fail(status, name, ": the header claims ", header_bytes, " bytes, the file has ", file.size() - 8,
+             " after its length; truncated or no safetensors file");
     }
     const std::string_view header_text = file.substr(8, header_bytes);
     const std::string_view body = file.substr(8 + header_bytes);
@@ -75,7 +76,8 @@ SafetensorsFile read_safetensors(std::string_view file, const std::string& name,
         }
         TensorView view;
         view.dtype_name = entry["dtype"].get<std::string>();
-        const auto row = std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const DtypeRow& r) { return view.dtype_name == r.name; });
+        const auto row =
+            std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const DtypeRow& r) { return view.dtype_name == r.name; });
         if (row == std::end(kDtypes)) refuse("unknown dtype " + view.dtype_name);
         view.dtype = row->dtype;
 
@@ -94,7 +96,8 @@ SafetensorsFile read_safetensors(std::string_view file, const std::string& name,
             refuse(concat("data_offsets [", begin, ", ", end, "] lie outside the ", body.size(), " bytes of data; truncated?"));
         }
         if (end - begin != expected) {
-            refuse(concat(view.dtype_name, ' ', shape_text(view.shape), " needs ", expected, " bytes, its data_offsets give ", end - begin));
+            refuse(concat(view.dtype_name, ' ', shape_text(view.shape), " needs ", expected, " bytes, its data_offsets give ",
+                          end - begin));
         }
         view.data = reinterpret_cast<const uint8_t*>(body.data()) + begin;
         view.size_bytes = end - begin;

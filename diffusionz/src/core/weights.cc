@@ -9,11 +9,16 @@ namespace {
 
 at::ScalarType scalar_type(Dtype dtype) {
     switch (dtype) {
-        case Dtype::float64: return at::kDouble;
-        case Dtype::float32: return at::kFloat;
-        case Dtype::float16: return at::kHalf;
-        case Dtype::bfloat16: return at::kBFloat16;
-        case Dtype::other: break;
+        case Dtype::float64:
+            return at::kDouble;
+        case Dtype::float32:
+            return at::kFloat;
+        case Dtype::float16:
+            return at::kHalf;
+        case Dtype::bfloat16:
+            return at::kBFloat16;
+        case Dtype::other:
+            break;
     }
     return at::kByte;
 }
@@ -21,7 +26,8 @@ at::ScalarType scalar_type(Dtype dtype) {
 }  // namespace
 
 at::Tensor as_tensor(const TensorView& view, std::shared_ptr<const void> owner, const std::string& name, int32_t status) {
-    if (view.dtype == Dtype::other) fail(status, name, ": dtype ", view.dtype_name, " is not supported; allowed are F64, F32, F16 and BF16");
+    if (view.dtype == Dtype::other)
+        fail(status, name, ": dtype ", view.dtype_name, " is not supported; allowed are F64, F32, F16 and BF16");
     const auto options = at::TensorOptions().dtype(scalar_type(view.dtype));
     if (view.size_bytes == 0) return at::empty(view.shape, options);
     const auto tensor = at::from_blob(const_cast<uint8_t*>(view.data), view.shape, [owner = std::move(owner)](void*) {}, options);
@@ -37,17 +43,14 @@ at::Tensor Weights::get_on_host(const std::string& name, const std::vector<int64
     bool matches = view.shape.size() == shape.size();
     for (size_t i = 0; matches && i < shape.size(); ++i) matches = shape[i] == -1 || shape[i] == view.shape[i];
     if (!matches) {
-        fail(DIFFUSIONZ_E_MODEL, checkpoint_->name(), ": tensor '", prefix_, name, "' is ", shape_text(view.shape), "; the model needs ", shape_text(shape),
-             "; damaged, or a model of another architecture");
+        fail(DIFFUSIONZ_E_MODEL, checkpoint_->name(), ": tensor '", prefix_, name, "' is ", shape_text(view.shape),
+             "; the model needs ", shape_text(shape), "; damaged, or a model of another architecture");
     }
     return as_tensor(view, checkpoint_, checkpoint_->name() + ": tensor '" + prefix_ + name + "'", DIFFUSIONZ_E_MODEL);
 }
 
 at::Tensor Weights::get(const std::string& name, const std::vector<int64_t>& shape) const {
-    const at::Tensor host = get_on_host(name, shape);
-    const at::Tensor placed = host.to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
-    if (!placed.is_same(host)) MappedFile::release_pages(host.const_data_ptr(), host.nbytes());
-    return placed;
+    return get_on_host(name, shape).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
 }
 
 }  // namespace diffusionz

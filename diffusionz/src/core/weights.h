@@ -21,8 +21,8 @@ public:
     Weights(std::shared_ptr<const Checkpoint> checkpoint, Placement placement, std::string prefix = "")
         : checkpoint_(std::move(checkpoint)), placement_(placement), prefix_(std::move(prefix)) {}
 
-    // The tensor `name` below this prefix, of exactly `shape` (-1 matches any size). On the CPU it points into the mapped file where
-    // dtype and alignment allow. Fails with E_MODEL.
+    // The tensor `name` below this prefix, of exactly `shape` (-1 matches any size). On the CPU it points into the mapped file
+    // where dtype and alignment allow. Fails with E_MODEL.
     at::Tensor get(const std::string& name, const std::vector<int64_t>& shape) const;
     bool has(const std::string& name) const { return checkpoint_->has(prefix_ + name); }
     // The stored shape. Fails with E_MODEL.
@@ -39,7 +39,8 @@ private:
     std::string prefix_;
 };
 
-// A view as a tensor that keeps `owner` alive; copied when its address is not aligned for its dtype. E_MODEL for dtypes that are no floating point.
+// A view as a tensor that keeps `owner` alive; copied when its address is not aligned for its dtype. E_MODEL for dtypes that are
+// no floating point.
 at::Tensor as_tensor(const TensorView& view, std::shared_ptr<const void> owner, const std::string& name, int32_t status);
 
 }  // namespace diffusionz

@@ -1,10 +1,10 @@
 // y = silu(weight * (x - mean) / sqrt(var + eps) + bias), mean and var over a group's channels and all pixels.
 //
-// Why our own on the CPU: ATen's channels-last GroupNorm takes twice the time of its NCHW one, and SiLU is one more pass over memory. Here it is
-// one read for the statistics, one read and one write for the rest.
-// Numbers: statistics in float32 over a block of pixels that stays in the first-level cache, around the block's own mean, merged in float64
-// (Chan, Golub and LeVeque 1979); E[x^2] - E[x]^2 would lose its digits where |mean| is far over std.
-// Reference: at::group_norm and at::silu (DIFFUSIONZ_DISABLE_KERNELS=group_norm).
+// Why our own on the CPU: ATen's channels-last GroupNorm takes twice the time of its NCHW one, and SiLU is one more pass over
+// memory. Here it is one read for the statistics, one read and one write for the rest. Numbers: statistics in float32 over a
+// block of pixels that stays in the first-level cache, around the block's own mean, merged in float64 (Chan, Golub and LeVeque
+// 1979); E[x^2] - E[x]^2 would lose its digits where |mean| is far over std. Reference: at::group_norm and at::silu
+// (DIFFUSIONZ_DISABLE_KERNELS=group_norm).
 
 #include "ops/group_norm.h"
 
@@ -22,7 +22,8 @@ namespace {
 
 constexpr int64_t kBlockPixels = 64;
 
-// Sums over `pixels` rows of x [pixels, channels]: each channel's sum, and its squared distances from the block's mean of that channel.
+// Sums over `pixels` rows of x [pixels, channels]: each channel's sum, and its squared distances from the block's mean of that
+// channel.
 DIFFUSIONZ_VECTORIZED void block_statistics(const float* x, int64_t pixels, int64_t channels, float* sum, float* squares) {
     for (int64_t c = 0; c < channels; ++c) sum[c] = squares[c] = 0.0f;
     for (int64_t p = 0; p < pixels; ++p) {
@@ -37,13 +38,15 @@ DIFFUSIONZ_VECTORIZED void block_statistics(const float* x, int64_t pixels, int6
     }
 }
 
-DIFFUSIONZ_VECTORIZED void apply(const float* x, float* y, int64_t pixels, int64_t channels, const float* scale, const float* shift) {
+DIFFUSIONZ_VECTORIZED void apply(const float* x, float* y, int64_t pixels, int64_t channels, const float* scale,
+                                 const float* shift) {
     for (int64_t p = 0; p < pixels; ++p) {
         for (int64_t c = 0; c < channels; ++c) y[p * channels + c] = x[p * channels + c] * scale[c] + shift[c];
     }
 }
 
-DIFFUSIONZ_VECTORIZED void apply_silu(const float* x, float* y, int64_t pixels, int64_t channels, const float* scale, const float* shift) {
+DIFFUSIONZ_VECTORIZED void apply_silu(const float* x, float* y, int64_t pixels, int64_t channels, const float* scale,
+                                      const float* shift) {
     for (int64_t p = 0; p < pixels; ++p) {
         for (int64_t c = 0; c < channels; ++c) {
             const float value = x[p * channels + c] * scale[c] + shift[c];
@@ -65,9 +68,11 @@ struct Moments {
 };
 
 // One image, x and y [pixels, channels].
-void normalize_image(const float* x, float* y, int64_t pixels, int64_t channels, const float* weight, const float* bias, int64_t groups, double eps, bool silu) {
+void normalize_image(const float* x, float* y, int64_t pixels, int64_t channels, const float* weight, const float* bias,
+                     int64_t groups, double eps, bool silu) {
     const int64_t blocks = (pixels + kBlockPixels - 1) / kBlockPixels, group_channels = channels / groups;
-    // A task merges its own blocks, and the tasks are merged in their order: the result does not depend on which thread was first.
+    // A task merges its own blocks, and the tasks are merged in their order: the result does not depend on which thread was
+    // first.
     const int64_t tasks = std::min<int64_t>(blocks, at::get_num_threads());
     const int64_t task_blocks = (blocks + tasks - 1) / tasks;
     std::vector<Moments> moments(static_cast<size_t>(tasks * groups));
@@ -79,7 +84,8 @@ void normalize_image(const float* x, float* y, int64_t pixels, int64_t channels,
                 block_statistics(x + first * channels, count, channels, sum.data(), squares.data());
                 for (int64_t c = 0; c < channels; ++c) {
                     moments[static_cast<size_t>(task * groups + c / group_channels)].merge(
-                        static_cast<double>(count), static_cast<double>(sum[static_cast<size_t>(c)]) / static_cast<double>(count), squares[static_cast<size_t>(c)]);
+                        static_cast<double>(count), static_cast<double>(sum[static_cast<size_t>(c)]) / static_cast<double>(count),
+                        squares[static_cast<size_t>(c)]);
                 }
             }
         }
@@ -98,13 +104,15 @@ void normalize_image(const float* x, float* y, int64_t pixels, int64_t channels,
         }
     }
     at::parallel_for(0, pixels, kBlockPixels, [&](int64_t begin, int64_t end) {
-        (silu ? apply_silu : apply)(x + begin * channels, y + begin * channels, end - begin, channels, scale.data(), shift.data());
+        (silu ? apply_silu : apply)(x + begin * channels, y + begin * channels, end - begin, channels, scale.data(),
+                                    shift.data());
     });
 }
 
 }  // namespace
 
-at::Tensor group_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t groups, double eps, bool silu) {
+at::Tensor group_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t groups, double eps,
+                      bool silu) {
     static const bool disabled = kernel_disabled("group_norm");
     if (!x.is_cpu() || x.scalar_type() != at::kFloat || disabled) {
         at::Tensor y = at::group_norm(x, groups, weight, bias, eps);
@@ -114,7 +122,8 @@ at::Tensor group_norm(const at::Tensor& x, const at::Tensor& weight, const at::T
     at::Tensor out = at::empty_like(in);
     const int64_t channels = in.size(1), pixels = in.size(2) * in.size(3);
     for (int64_t image = 0; image < in.size(0); ++image) {
-        normalize_image(in.const_data_ptr<float>() + image * pixels * channels, out.mutable_data_ptr<float>() + image * pixels * channels, pixels, channels,
+        normalize_image(in.const_data_ptr<float>() + image * pixels * channels,
+                        out.mutable_data_ptr<float>() + image * pixels * channels, pixels, channels,
                         weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), groups, eps, silu);
     }
     return out;

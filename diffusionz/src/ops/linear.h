@@ -1,8 +1,8 @@
 // y = x W^T + b, the product of every layer, with the corrections of LoRA adapters added at run time.
 //
 // On the CPU in float32 the weight is reordered once into oneDNN's blocked layout: at::linear reorders it at every call.
-// The reordered copy replaces the mapped file's pages in memory (which several processes could share) by private ones of the same size.
-// Reference: at::linear (set DIFFUSIONZ_DISABLE_KERNELS=linear).
+// The reordered copy replaces the mapped file's pages in memory (which several processes could share) by private ones of the same
+// size. Reference: at::linear (set DIFFUSIONZ_DISABLE_KERNELS=linear).
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -5,7 +5,8 @@
 
 namespace diffusionz {
 
-// Rotates interleaved pairs (x[2i], x[2i+1]) by complex `table` [tokens, head_dim / 2], in float32, cast back. x [batch, tokens, heads, head_dim].
+// Rotates interleaved pairs (x[2i], x[2i+1]) by complex `table` [tokens, head_dim / 2], in float32, cast back. x [batch, tokens,
+// heads, head_dim].
 at::Tensor rope_interleaved(const at::Tensor& x, const at::Tensor& table);
 
 // Rotates halves (x[i], x[i + head_dim / 2]) as GPT-NeoX and Qwen do; cos, sin [tokens, head_dim], in x's dtype.

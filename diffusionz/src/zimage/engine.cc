@@ -44,28 +44,36 @@ void Engine::check(const DiffusionZRequest& request) const {
     const int64_t multiple = model_->size_multiple();
     const auto check_side = [&](const char* name, int32_t side, int64_t side_max) {
         if (side < multiple || side > side_max || side % multiple != 0) {
-            fail(DIFFUSIONZ_E_ARGUMENT, name, " is ", side, "; it must be a multiple of ", multiple, " from ", multiple, " to ", side_max);
+            fail(DIFFUSIONZ_E_ARGUMENT, name, " is ", side, "; it must be a multiple of ", multiple, " from ", multiple, " to ",
+                 side_max);
         }
     };
     if (!request.prompt) fail(DIFFUSIONZ_E_ARGUMENT, "prompt is NULL; it must be UTF-8 text");
     check_side("width", request.width, model_->width_max());
     check_side("height", request.height, model_->height_max());
     // The pixels' length is an int32_t in DiffusionZResult.
-    if (int64_t{3} * request.width * request.height > INT32_MAX) fail(DIFFUSIONZ_E_ARGUMENT, request.width, " x ", request.height, " pixels are over the limit of 2^31 bytes");
-    if (request.num_steps < 1 || request.num_steps > kStepsMax) fail(DIFFUSIONZ_E_ARGUMENT, "num_steps is ", request.num_steps, "; it must be from 1 to ", kStepsMax);
+    if (int64_t{3} * request.width * request.height > INT32_MAX)
+        fail(DIFFUSIONZ_E_ARGUMENT, request.width, " x ", request.height, " pixels are over the limit of 2^31 bytes");
+    if (request.num_steps < 1 || request.num_steps > kStepsMax)
+        fail(DIFFUSIONZ_E_ARGUMENT, "num_steps is ", request.num_steps, "; it must be from 1 to ", kStepsMax);
     const auto check_number = [](const char* name, float value, float min, float max) {
-        if (!(value >= min && value <= max)) fail(DIFFUSIONZ_E_ARGUMENT, name, " is ", value, "; it must be from ", min, " to ", max);
+        if (!(value >= min && value <= max))
+            fail(DIFFUSIONZ_E_ARGUMENT, name, " is ", value, "; it must be from ", min, " to ", max);
     };
     check_number("guidance_scale", request.guidance_scale, 0, 1000);
     check_number("cfg_normalization", request.cfg_normalization, 0, 1000);
     check_number("cfg_truncation", request.cfg_truncation, 0, 1000);
     if (request.lora_path) check_number("lora_weight", request.lora_weight, -1000, 1000);
     if (request.init_image) {
-        if (!(request.strength > 0 && request.strength <= 1)) fail(DIFFUSIONZ_E_ARGUMENT, "strength is ", request.strength, "; it must be over 0 and at most 1");
-        if (!model_->vae().has_encoder()) fail(DIFFUSIONZ_E_ARGUMENT, "image to image needs the VAE's encoder, and this model has none");
+        if (!(request.strength > 0 && request.strength <= 1))
+            fail(DIFFUSIONZ_E_ARGUMENT, "strength is ", request.strength, "; it must be over 0 and at most 1");
+        if (!model_->vae().has_encoder())
+            fail(DIFFUSIONZ_E_ARGUMENT, "image to image needs the VAE's encoder, and this model has none");
     }
-    if (request.format < DIFFUSIONZ_FORMAT_WEBP || request.format > DIFFUSIONZ_FORMAT_RGB) fail(DIFFUSIONZ_E_ARGUMENT, "format is ", request.format, "; it must be DIFFUSIONZ_FORMAT_* (0 to 3)");
-    if (request.quality < 0 || request.quality > 100) fail(DIFFUSIONZ_E_ARGUMENT, "quality is ", request.quality, "; it must be from 0 to 100");
+    if (request.format < DIFFUSIONZ_FORMAT_WEBP || request.format > DIFFUSIONZ_FORMAT_RGB)
+        fail(DIFFUSIONZ_E_ARGUMENT, "format is ", request.format, "; it must be DIFFUSIONZ_FORMAT_* (0 to 3)");
+    if (request.quality < 0 || request.quality > 100)
+        fail(DIFFUSIONZ_E_ARGUMENT, "quality is ", request.quality, "; it must be from 0 to 100");
     // Also finds text that is no UTF-8.
     model_->tokenizer().encode(request.prompt, kPromptTokensMax);
     if (request.negative_prompt) model_->tokenizer().encode(request.negative_prompt, kPromptTokensMax);
@@ -91,7 +99,8 @@ Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
     const std::optional<LoraPairs> pairs = lora_pairs(request);
     const LoraPairs* lora = pairs ? &*pairs : nullptr;
     const at::Tensor positive = caption(request.prompt, lora);
-    const at::Tensor negative = request.guidance_scale > 0 ? caption(request.negative_prompt ? request.negative_prompt : "", lora) : at::Tensor();
+    const at::Tensor negative =
+        request.guidance_scale > 0 ? caption(request.negative_prompt ? request.negative_prompt : "", lora) : at::Tensor();
     std::vector<float> sigmas = sigmas_of(*model_, request);
     at::Tensor latents = start(request, sigmas);
     task.enter(DIFFUSIONZ_STAGE_DENOISE);
@@ -111,20 +120,25 @@ at::Tensor Engine::start(const DiffusionZRequest& request, std::vector<float>& s
     const std::vector<int64_t> shape = {1, model_->vae().config().latent_channels, request.height / scale, request.width / scale};
     // The CPU's generator on every device: the same seed is the same picture anywhere, and diffusers' with a CPU generator.
     auto generator = at::detail::createCPUGenerator(static_cast<uint64_t>(request.seed));
-    const auto normal = [&] { return at::randn(shape, generator, at::TensorOptions().dtype(at::kFloat)).to(model_->placement().device); };
+    const auto normal = [&] {
+        return at::randn(shape, generator, at::TensorOptions().dtype(at::kFloat)).to(model_->placement().device);
+    };
     if (!request.init_image) return normal();
     // The reference draws the posterior's sample before the noise.
     const at::Tensor posterior_noise = normal(), noise = normal();
-    const at::Tensor pixels = at::from_blob(const_cast<uint8_t*>(request.init_image), {request.height, request.width, 3}, at::TensorOptions().dtype(at::kByte));
+    const at::Tensor pixels = at::from_blob(const_cast<uint8_t*>(request.init_image), {request.height, request.width, 3},
+                                            at::TensorOptions().dtype(at::kByte));
     const at::Tensor image = model_->vae().encode(pixels, posterior_noise);
     sigmas.erase(sigmas.begin(), sigmas.begin() + steps_skipped(request));
     return noise * sigmas.front() + image * (1.0f - sigmas.front());
 }
 
-at::Tensor Engine::denoise(const DiffusionZRequest& request, at::Tensor latents, const std::vector<float>& sigmas, const at::Tensor& positive,
-                           const at::Tensor& negative, const LoraPairs* lora, Task& task) const {
+at::Tensor Engine::denoise(const DiffusionZRequest& request, at::Tensor latents, const std::vector<float>& sigmas,
+                           const at::Tensor& positive, const at::Tensor& negative, const LoraPairs* lora, Task& task) const {
     const Transformer& transformer = model_->transformer();
-    const auto positions = [&](const at::Tensor& caption) { return transformer.positions(latents.size(2), latents.size(3), caption.size(1)); };
+    const auto positions = [&](const at::Tensor& caption) {
+        return transformer.positions(latents.size(2), latents.size(3), caption.size(1));
+    };
     const Transformer::Positions positive_positions = positions(positive);
     const bool guided = negative.defined();
     const bool one_call = guided && negative.size(1) == positive.size(1);
@@ -147,7 +161,8 @@ at::Tensor Engine::denoise(const DiffusionZRequest& request, at::Tensor latents,
             }
             prediction = with + (with - without) * request.guidance_scale;
             if (request.cfg_normalization > 0) {
-                const at::Tensor norm_max = at::linalg_vector_norm(with) * request.cfg_normalization, norm = at::linalg_vector_norm(prediction);
+                const at::Tensor norm_max = at::linalg_vector_norm(with) * request.cfg_normalization,
+                                 norm = at::linalg_vector_norm(prediction);
                 prediction = prediction * at::where(norm > norm_max, norm_max / norm, at::ones_like(norm));
             }
         } else {
@@ -179,7 +194,8 @@ std::optional<LoraPairs> Engine::lora_pairs(const DiffusionZRequest& request) {
 }
 
 void Engine::load_lora(const std::filesystem::path& path, double weight) {
-    if (!(weight >= -1000 && weight <= 1000)) fail(DIFFUSIONZ_E_ARGUMENT, "weight is ", weight, "; it must be from -1000 to 1000");
+    if (!(weight >= -1000 && weight <= 1000))
+        fail(DIFFUSIONZ_E_ARGUMENT, "weight is ", weight, "; it must be from -1000 to 1000");
     const CallQueue::Turn turn(queue_);
     const c10::InferenceMode inference;
     for (LoadedLora& lora : loras_) {
@@ -212,7 +228,8 @@ std::string Engine::metadata(const DiffusionZRequest& request) const {
     json["height"] = request.height;
     json["steps"] = request.num_steps;
     json["guidance_scale"] = decimal(request.guidance_scale);
-    if (request.guidance_scale > 0 && request.cfg_normalization > 0) json["cfg_normalization"] = decimal(request.cfg_normalization);
+    if (request.guidance_scale > 0 && request.cfg_normalization > 0)
+        json["cfg_normalization"] = decimal(request.cfg_normalization);
     if (request.guidance_scale > 0 && request.cfg_truncation < 1) json["cfg_truncation"] = decimal(request.cfg_truncation);
     json["seed"] = request.seed;
     if (request.init_image) json["strength"] = decimal(request.strength);
@@ -236,12 +253,22 @@ std::string Engine::info() const {
     json["device"] = model_->placement().device.str();
     json["precision"] = model_->placement().dtype == at::kFloat ? "float32" : "bfloat16";
     json["weights_bytes"] = model_->nbytes();
-    json["transformer"] = {{"dim", transformer.dim}, {"layers", transformer.num_layers}, {"refiner_layers", transformer.num_refiner_layers},
-                           {"heads", transformer.num_heads}, {"kv_heads", transformer.num_kv_heads}};
-    json["text_encoder"] = {{"hidden_size", text_encoder.hidden_size}, {"layers", text_encoder.num_layers}, {"vocab_size", text_encoder.vocab_size}};
-    json["vae"] = {{"block_out_channels", vae.block_out_channels}, {"latent_channels", vae.latent_channels}, {"encoder", model_->vae().has_encoder()}};
-    json["scheduler"] = {{"shift", model_->scheduler().shift}, {"use_dynamic_shifting", model_->scheduler().use_dynamic_shifting}};
-    json["size"] = {{"multiple", model_->size_multiple()}, {"width_max", model_->width_max()}, {"height_max", model_->height_max()}};
+    json["transformer"] = {{"dim", transformer.dim},
+                           {"layers", transformer.num_layers},
+                           {"refiner_layers", transformer.num_refiner_layers},
+                           {"heads", transformer.num_heads},
+                           {"kv_heads", transformer.num_kv_heads}};
+    json["text_encoder"] = {
+        {"hidden_size", text_encoder.hidden_size}, {"layers", text_encoder.num_layers}, {"vocab_size", text_encoder.vocab_size}};
+    json["vae"] = {{"block_out_channels", vae.block_out_channels},
+                   {"latent_channels", vae.latent_channels},
+                   {"encoder", model_->vae().has_encoder()}};
+    json["scheduler"] = {{"shift", model_->scheduler().shift},
+                         {"use_dynamic_shifting", model_->scheduler().use_dynamic_shifting}};
+    json["size"] = {{"default", std::max(vae.sample_size / model_->size_multiple(), int64_t{1}) * model_->size_multiple()},
+                    {"multiple", model_->size_multiple()},
+                    {"width_max", model_->width_max()},
+                    {"height_max", model_->height_max()}};
     json["steps_max"] = kStepsMax;
     json["prompt_tokens_max"] = kPromptTokensMax;
     return json.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);

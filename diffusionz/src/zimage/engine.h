@@ -22,7 +22,8 @@ class Engine {
 public:
     Engine(const std::filesystem::path& path, Placement placement);
 
-    // Draws every request, in order, after the calls before this one. Requests have passed check(). Fails with E_ARGUMENT, E_LORA, E_CANCELLED.
+    // Draws every request, in order, after the calls before this one. Requests have passed check(). Fails with E_ARGUMENT,
+    // E_LORA, E_CANCELLED.
     std::vector<Picture> generate(const std::vector<DiffusionZRequest>& requests, Task& task);
     // Fails with E_ARGUMENT when the model cannot draw it.
     void check(const DiffusionZRequest& request) const;
@@ -55,8 +56,8 @@ private:
     at::Tensor caption(const char* prompt, const LoraPairs* lora) const;
     // Noise, or the request's image with noise, and the sigmas left to run.
     at::Tensor start(const DiffusionZRequest& request, std::vector<float>& sigmas) const;
-    at::Tensor denoise(const DiffusionZRequest& request, at::Tensor latents, const std::vector<float>& sigmas, const at::Tensor& positive, const at::Tensor& negative,
-                       const LoraPairs* lora, Task& task) const;
+    at::Tensor denoise(const DiffusionZRequest& request, at::Tensor latents, const std::vector<float>& sigmas,
+                       const at::Tensor& positive, const at::Tensor& negative, const LoraPairs* lora, Task& task) const;
     std::optional<LoraPairs> lora_pairs(const DiffusionZRequest& request);
     std::shared_ptr<const LoraAdapter> read_lora(const std::filesystem::path& path) const;
 

@@ -22,8 +22,8 @@ struct Key {
     Role role;
 };
 
-// Trainers write one module with dots (PEFT), with underscores (kohya) or both. With every dot an underscore all of them are one spelling,
-// and module names stay apart.
+// Trainers write one module with dots (PEFT), with underscores (kohya) or both. With every dot an underscore all of them are one
+// spelling, and module names stay apart.
 std::string flatten(std::string module) {
     for (char& c : module) {
         if (c == '.') c = '_';
@@ -36,12 +36,14 @@ bool parse_key(std::string name, Key& key) {
     for (const std::string infix : {"default."}) {  // PEFT's adapter name
         for (size_t at = name.find(infix); at != std::string::npos; at = name.find(infix)) name.erase(at, infix.size());
     }
-    for (const std::string prefix : {"base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_", "lycoris_", "unet."}) {
+    for (const std::string prefix :
+         {"base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_", "lycoris_", "unet."}) {
         if (name.rfind(prefix, 0) == 0) name.erase(0, prefix.size());
     }
     static const std::pair<const char*, Role> suffixes[] = {
-        {".lora_A.weight", Role::down},    {".lora_B.weight", Role::up},    {".lora_down.weight", Role::down}, {".lora_up.weight", Role::up},
-        {".lora.down.weight", Role::down}, {".lora.up.weight", Role::up},   {".alpha", Role::alpha},
+        {".lora_A.weight", Role::down}, {".lora_B.weight", Role::up},      {".lora_down.weight", Role::down},
+        {".lora_up.weight", Role::up},  {".lora.down.weight", Role::down}, {".lora.up.weight", Role::up},
+        {".alpha", Role::alpha},
     };
     for (const auto& [suffix, role] : suffixes) {
         if (!name.ends_with(suffix)) continue;
@@ -59,7 +61,9 @@ public:
         if (found == metadata.end()) return;
         const auto json = nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
         if (!json.is_object()) return;
-        const auto field = [&](const char* name) { return json.contains(name) ? json[name] : json.value(std::string("transformer.") + name, nlohmann::json()); };
+        const auto field = [&](const char* name) {
+            return json.contains(name) ? json[name] : json.value(std::string("transformer.") + name, nlohmann::json());
+        };
         if (field("lora_alpha").is_number()) alpha_ = field("lora_alpha").get<double>();
         if (field("use_rslora").is_boolean()) rank_stabilized_ = field("use_rslora").get<bool>();
         const auto pattern = field("alpha_pattern");
@@ -84,7 +88,8 @@ private:
 
 }  // namespace
 
-LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& transformer, const Placement& placement) : path_(path) {
+LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& transformer, const Placement& placement)
+    : path_(path) {
     const auto file = std::make_shared<const Checkpoint>(Checkpoint::from_file(path, "", DIFFUSIONZ_E_LORA));
     std::map<std::string, Transformer::Target> targets;
     for (const auto& [name, target] : transformer.lora_targets()) targets[flatten(name)] = target;
@@ -107,21 +112,26 @@ LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& t
     if (total == 0 || static_cast<double>(matched) < kMatchShareMin * static_cast<double>(total)) {
         std::string names;
         for (size_t i = 0; i < unmatched.size() && i < 5; ++i) names += (i ? ", " : "") + unmatched[i];
-        fail(DIFFUSIONZ_E_LORA, path.string(), ": ", matched, " of ", total, " keys match this model, 95 % must; among the others: ", names.empty() ? "(no keys)" : names);
+        fail(DIFFUSIONZ_E_LORA, path.string(), ": ", matched, " of ", total,
+             " keys match this model, 95 % must; among the others: ", names.empty() ? "(no keys)" : names);
     }
 
     const PeftScale peft_scale(file->metadata());
     // Some trainers write a product twice, whole and in parts, or under both its names: each row is corrected once, parts first.
     std::map<const Linear*, std::set<int64_t>> corrected;
     std::vector<std::pair<std::string, Parts>> ordered(modules.begin(), modules.end());
-    std::stable_partition(ordered.begin(), ordered.end(), [](const auto& module) { return !module.first.ends_with("_attention_qkv"); });
+    std::stable_partition(ordered.begin(), ordered.end(),
+                          [](const auto& module) { return !module.first.ends_with("_attention_qkv"); });
     for (const auto& [module, parts] : ordered) {
         const Transformer::Target& target = targets.at(module);
-        if (!parts.down || !parts.up) fail(DIFFUSIONZ_E_LORA, path.string(), ": module ", module, " has no ", parts.down ? "up (lora_B)" : "down (lora_A)", " matrix");
+        if (!parts.down || !parts.up)
+            fail(DIFFUSIONZ_E_LORA, path.string(), ": module ", module, " has no ", parts.down ? "up (lora_B)" : "down (lora_A)",
+                 " matrix");
         const auto &down = parts.down->shape, &up = parts.up->shape;
-        if (down.size() != 2 || up.size() != 2 || down[0] < 1 || down[0] != up[1] || down[1] != target.linear->in_features() || up[0] != target.rows) {
-            fail(DIFFUSIONZ_E_LORA, path.string(), ": module ", module, " has matrices ", shape_text(down), " and ", shape_text(up), "; this model needs [rank, ",
-                 target.linear->in_features(), "] and [", target.rows, ", rank]");
+        if (down.size() != 2 || up.size() != 2 || down[0] < 1 || down[0] != up[1] || down[1] != target.linear->in_features() ||
+            up[0] != target.rows) {
+            fail(DIFFUSIONZ_E_LORA, path.string(), ": module ", module, " has matrices ", shape_text(down), " and ",
+                 shape_text(up), "; this model needs [rank, ", target.linear->in_features(), "] and [", target.rows, ", rank]");
         }
         auto& rows = corrected[target.linear];
         const bool whole = module.ends_with("_attention_qkv");
@@ -129,12 +139,15 @@ LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& t
         rows.insert(target.row_begin);
 
         const auto load = [&](const TensorView& view) {
-            return as_tensor(view, file, path.string() + ": module " + module, DIFFUSIONZ_E_LORA).to(at::TensorOptions().device(placement.device).dtype(placement.dtype));
+            return as_tensor(view, file, path.string() + ": module " + module, DIFFUSIONZ_E_LORA)
+                .to(at::TensorOptions().device(placement.device).dtype(placement.dtype));
         };
         LoraPair pair{load(*parts.down), load(*parts.up), target.row_begin, peft_scale(module, down[0])};
         if (parts.alpha) {
             const at::Tensor alpha = as_tensor(*parts.alpha, file, path.string() + ": module " + module, DIFFUSIONZ_E_LORA);
-            if (alpha.numel() != 1) fail(DIFFUSIONZ_E_LORA, path.string(), ": module ", module, " has an alpha of ", alpha.numel(), " values; it must be one");
+            if (alpha.numel() != 1)
+                fail(DIFFUSIONZ_E_LORA, path.string(), ": module ", module, " has an alpha of ", alpha.numel(),
+                     " values; it must be one");
             pair.scale = alpha.to(at::kDouble).item<double>() / static_cast<double>(down[0]);
         }
         nbytes_ += pair.down.nbytes() + pair.up.nbytes();

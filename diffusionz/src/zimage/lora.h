@@ -11,7 +11,8 @@ namespace diffusionz {
 
 class LoraAdapter {
 public:
-    // Fails with E_LORA when the file is damaged, or when under 95 % of its keys match the transformer: it would be another model's.
+    // Fails with E_LORA when the file is damaged, or when under 95 % of its keys match the transformer: it would be another
+    // model's.
     LoraAdapter(const std::filesystem::path& path, const Transformer& transformer, const Placement& placement);
 
     const std::filesystem::path& path() const { return path_; }

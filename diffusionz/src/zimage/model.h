@@ -1,4 +1,5 @@
-// A loaded Z-Image model: immutable, shared by every engine that asks for the same files on the same device in the same precision.
+// A loaded Z-Image model: immutable, shared by every engine that asks for the same files on the same device in the same
+// precision.
 #pragma once
 
 #include <filesystem>

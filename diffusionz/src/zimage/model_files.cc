@@ -10,7 +10,8 @@ namespace fs = std::filesystem;
 namespace {
 
 void replace_all(std::string& text, const std::string& from, const std::string& to) {
-    for (size_t at = text.find(from); at != std::string::npos; at = text.find(from, at + to.size())) text.replace(at, from.size(), to);
+    for (size_t at = text.find(from); at != std::string::npos; at = text.find(from, at + to.size()))
+        text.replace(at, from.size(), to);
 }
 
 // The original's names (Tongyi-MAI/Z-Image, ComfyUI) to diffusers'; a checkpoint that has diffusers' is left as it is.
@@ -35,7 +36,9 @@ void rename_transformer(Checkpoint& checkpoint) {
         const TensorView view = checkpoint.at(name);
         const std::string stem = name.substr(0, name.size() - std::string("qkv.weight").size());
         const int64_t heads = view.shape[1], keys = (view.shape[0] - heads) / 2;
-        if (keys <= 0 || heads + 2 * keys != view.shape[0]) fail(DIFFUSIONZ_E_MODEL, checkpoint.name(), ": tensor '", name, "' is ", shape_text(view.shape), ", no fused query, key and value");
+        if (keys <= 0 || heads + 2 * keys != view.shape[0])
+            fail(DIFFUSIONZ_E_MODEL, checkpoint.name(), ": tensor '", name, "' is ", shape_text(view.shape),
+                 ", no fused query, key and value");
         checkpoint.insert(stem + "to_q.weight", view.rows(0, heads));
         checkpoint.insert(stem + "to_k.weight", view.rows(heads, keys));
         checkpoint.insert(stem + "to_v.weight", view.rows(heads + keys, keys));
@@ -121,7 +124,8 @@ ModelFiles find_model_files(const fs::path& path) {
 
     fs::path text_encoder, transformer, vae;  // where their config.json would be
     if (one_file) {
-        if (path.extension() != ".safetensors") fail(DIFFUSIONZ_E_MODEL, path.string(), ": a model is a folder or a .safetensors file");
+        if (path.extension() != ".safetensors")
+            fail(DIFFUSIONZ_E_MODEL, path.string(), ": a model is a folder or a .safetensors file");
         files.transformer = std::make_shared<Checkpoint>(Checkpoint::from_file(path, "model.diffusion_model."));
         files.vae = std::make_shared<Checkpoint>(Checkpoint::from_file(path, "vae."));
         files.text_encoder = std::make_shared<Checkpoint>(Checkpoint::from_file(path, "text_encoders."));
@@ -131,11 +135,15 @@ ModelFiles find_model_files(const fs::path& path) {
             return at == std::string::npos ? name : name.substr(at + std::string(".transformer.").size());
         });
         text_encoder = transformer = vae = root / "no config beside a single file";
-        if (files.transformer->tensors().empty()) fail(DIFFUSIONZ_E_MODEL, path.string(), ": no tensor begins with model.diffusion_model.; a model in one file has all components");
+        if (files.transformer->tensors().empty())
+            fail(DIFFUSIONZ_E_MODEL, path.string(),
+                 ": no tensor begins with model.diffusion_model.; a model in one file has all components");
     } else {
         if (fs::exists(root / "model_index.json")) {
             const std::string pipeline = JsonFile::load(root / "model_index.json").text("_class_name", "");
-            if (pipeline.rfind("ZImage", 0) != 0) fail(DIFFUSIONZ_E_MODEL, (root / "model_index.json").string(), ": _class_name is '", pipeline, "'; it must be ZImagePipeline");
+            if (pipeline.rfind("ZImage", 0) != 0)
+                fail(DIFFUSIONZ_E_MODEL, (root / "model_index.json").string(), ": _class_name is '", pipeline,
+                     "'; it must be ZImagePipeline");
         }
         transformer = folder_of(root, {"transformer", "diffusion_models", "unet"});
         text_encoder = folder_of(root, {"text_encoder", "text_encoders", "clip"});
@@ -156,12 +164,13 @@ ModelFiles find_model_files(const fs::path& path) {
     if (fs::exists(scheduler)) files.scheduler_config = SchedulerConfig::from_json(JsonFile::load(scheduler));
 
     if (files.transformer_config.caption_dim != files.text_encoder_config.hidden_size) {
-        fail(DIFFUSIONZ_E_MODEL, path.string(), ": the transformer reads captions of width ", files.transformer_config.caption_dim, ", the text encoder writes ",
-             files.text_encoder_config.hidden_size, ": they belong to different models");
+        fail(DIFFUSIONZ_E_MODEL, path.string(), ": the transformer reads captions of width ",
+             files.transformer_config.caption_dim, ", the text encoder writes ", files.text_encoder_config.hidden_size,
+             ": they belong to different models");
     }
     if (files.transformer_config.in_channels != files.vae_config.latent_channels) {
-        fail(DIFFUSIONZ_E_MODEL, path.string(), ": the transformer has ", files.transformer_config.in_channels, " channels, the VAE ", files.vae_config.latent_channels,
-             ": they belong to different models");
+        fail(DIFFUSIONZ_E_MODEL, path.string(), ": the transformer has ", files.transformer_config.in_channels,
+             " channels, the VAE ", files.vae_config.latent_channels, ": they belong to different models");
     }
     return files;
 }

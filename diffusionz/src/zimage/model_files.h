@@ -23,8 +23,10 @@ struct ModelFiles {
 
 // `path` is
 //  - a folder in the diffusers layout: transformer/, text_encoder/, vae/, tokenizer/, scheduler/, each with its config;
-//  - a folder in ComfyUI's layout: diffusion_models/, text_encoders/, vae/ with a single file each, in the original naming, and tokenizer/;
-//  - one safetensors file with all components (model.diffusion_model., text_encoders., vae. prefixes), tokenizer.json or tokenizer/ beside it.
+//  - a folder in ComfyUI's layout: diffusion_models/, text_encoders/, vae/ with a single file each, in the original naming, and
+//  tokenizer/;
+//  - one safetensors file with all components (model.diffusion_model., text_encoders., vae. prefixes), tokenizer.json or
+//  tokenizer/ beside it.
 // Fails with E_MODEL.
 ModelFiles find_model_files(const std::filesystem::path& path);
 

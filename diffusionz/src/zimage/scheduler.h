@@ -19,7 +19,8 @@ struct SchedulerConfig {
     static SchedulerConfig from_json(const JsonFile& json);
 };
 
-// Sigmas of `num_steps` Euler steps over an image of `image_tokens` tokens, falling from 1, with the final 0 appended: num_steps + 1 values.
+// Sigmas of `num_steps` Euler steps over an image of `image_tokens` tokens, falling from 1, with the final 0 appended: num_steps
+// + 1 values.
 std::vector<float> make_sigmas(const SchedulerConfig& config, int64_t num_steps, int64_t image_tokens);
 
 // The transformer's time, 1 - sigma, rounded as the reference rounds on its way through timesteps.

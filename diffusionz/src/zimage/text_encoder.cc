@@ -28,14 +28,15 @@ TextEncoderConfig TextEncoderConfig::from_json(const JsonFile& json) {
     config.rope_theta = rope.number("rope_theta", json.number("rope_theta", 1e4, 1, 1e12), 1, 1e12);
     const std::string rope_type = rope.text("rope_type", "default");
     if (rope_type != "default" || !json.child("rope_scaling").object().empty()) {
-        fail(DIFFUSIONZ_E_MODEL, json.name(), ": rotary embeddings of type '", rope_type, "' or with rope_scaling are not supported; allowed is 'default'");
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": rotary embeddings of type '", rope_type,
+             "' or with rope_scaling are not supported; allowed is 'default'");
     }
     if (json.boolean("use_sliding_window", false)) fail(DIFFUSIONZ_E_MODEL, json.name(), ": use_sliding_window is not supported");
     const std::string activation = json.text("hidden_act", "silu");
     if (activation != "silu") fail(DIFFUSIONZ_E_MODEL, json.name(), ": hidden_act is '", activation, "'; it must be silu");
     if (config.num_heads % config.num_kv_heads != 0 || config.head_dim % 2 != 0) {
-        fail(DIFFUSIONZ_E_MODEL, json.name(), ": ", config.num_heads, " heads, ", config.num_kv_heads, " key-value heads and head_dim ", config.head_dim,
-             " do not fit together");
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": ", config.num_heads, " heads, ", config.num_kv_heads,
+             " key-value heads and head_dim ", config.head_dim, " do not fit together");
     }
     return config;
 }
@@ -55,13 +56,16 @@ TextEncoderConfig TextEncoderConfig::from_shapes(const Checkpoint& checkpoint) {
     return config;
 }
 
-TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights) : config_(config), placement_(weights.placement()) {
+TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights)
+    : config_(config), placement_(weights.placement()) {
     const int64_t width = config.hidden_size, d = config.head_dim;
     embedding_ = weights.get_on_host("embed_tokens.weight", {config.vocab_size, width});
     for (int64_t i = 0; i + 1 < config.num_layers; ++i) {
         const Weights layer = weights.below(concat("layers.", i, "."));
         const Weights attention = layer.below("self_attn.");
-        const auto projection = [&](const char* name, int64_t heads) { return attention.get(concat(name, "_proj.weight"), {heads * d, width}); };
+        const auto projection = [&](const char* name, int64_t heads) {
+            return attention.get(concat(name, "_proj.weight"), {heads * d, width});
+        };
         const auto bias = [&](const char* name, int64_t heads) { return attention.get(concat(name, "_proj.bias"), {heads * d}); };
         at::Tensor qkv_bias, out_bias;
         if (config.attention_bias) {
@@ -69,7 +73,9 @@ TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights
             out_bias = attention.get("o_proj.bias", {width});
         }
         layers_.push_back({
-            Linear(at::cat({projection("q", config.num_heads), projection("k", config.num_kv_heads), projection("v", config.num_kv_heads)}), qkv_bias),
+            Linear(at::cat({projection("q", config.num_heads), projection("k", config.num_kv_heads),
+                            projection("v", config.num_kv_heads)}),
+                   qkv_bias),
             Linear(attention.get("o_proj.weight", {width, config.num_heads * d}), out_bias),
             Linear(at::cat({layer.get("mlp.gate_proj.weight", {config.intermediate_size, width}),
                             layer.get("mlp.up_proj.weight", {config.intermediate_size, width})})),
@@ -79,19 +85,22 @@ TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights
             attention.get("q_norm.weight", {d}),
             attention.get("k_norm.weight", {d}),
         });
+        weights.checkpoint().release_pages();
     }
 }
 
 at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
     for (const int32_t id : ids) {
         if (id < 0 || id >= config_.vocab_size) {
-            fail(DIFFUSIONZ_E_MODEL, "the tokenizer gives id ", id, ", the text encoder has ", config_.vocab_size, " embeddings: they belong to different models");
+            fail(DIFFUSIONZ_E_MODEL, "the tokenizer gives id ", id, ", the text encoder has ", config_.vocab_size,
+                 " embeddings: they belong to different models");
         }
     }
     const auto tokens = static_cast<int64_t>(ids.size());
     const int64_t d = config_.head_dim, heads = config_.num_heads, kv_heads = config_.num_kv_heads;
     const at::Tensor index = at::tensor(ids, at::kInt);
-    at::Tensor x = embedding_.index_select(0, index).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype)).unsqueeze(0);
+    at::Tensor x =
+        embedding_.index_select(0, index).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype)).unsqueeze(0);
 
     const auto f32 = at::TensorOptions().dtype(at::kFloat);
     const at::Tensor inverse_frequencies = at::reciprocal(at::pow(config_.rope_theta, at::arange(0, d, 2, f32) / d));
@@ -100,9 +109,12 @@ at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
     const at::Tensor cos = both.cos().to(x.options()), sin = both.sin().to(x.options());
 
     for (const Layer& layer : layers_) {
-        const auto qkv = layer.qkv(rms_norm(x, layer.input_norm, config_.rms_norm_eps)).split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
-        const at::Tensor q = rope_halves(rms_norm(qkv[0].unflatten(-1, {heads, d}), layer.q_norm, config_.rms_norm_eps), cos, sin);
-        const at::Tensor k = rope_halves(rms_norm(qkv[1].unflatten(-1, {kv_heads, d}), layer.k_norm, config_.rms_norm_eps), cos, sin);
+        const auto qkv = layer.qkv(rms_norm(x, layer.input_norm, config_.rms_norm_eps))
+                             .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
+        const at::Tensor q =
+            rope_halves(rms_norm(qkv[0].unflatten(-1, {heads, d}), layer.q_norm, config_.rms_norm_eps), cos, sin);
+        const at::Tensor k =
+            rope_halves(rms_norm(qkv[1].unflatten(-1, {kv_heads, d}), layer.k_norm, config_.rms_norm_eps), cos, sin);
         x = x + layer.out(attention(q, k, qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/true));
         const auto gate_up = layer.gate_up(rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps)).chunk(2, -1);
         x = x + layer.down(at::silu(gate_up[0]) * gate_up[1]);
@@ -112,7 +124,8 @@ at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
 
 size_t TextEncoder::nbytes() const {
     size_t total = embedding_.nbytes();
-    for (const Layer& layer : layers_) total += layer.qkv.nbytes() + layer.out.nbytes() + layer.gate_up.nbytes() + layer.down.nbytes();
+    for (const Layer& layer : layers_)
+        total += layer.qkv.nbytes() + layer.out.nbytes() + layer.gate_up.nbytes() + layer.down.nbytes();
     return total;
 }
 

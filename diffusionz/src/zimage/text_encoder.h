@@ -47,7 +47,7 @@ private:
 
     TextEncoderConfig config_;
     Placement placement_;
-    at::Tensor embedding_;  // [vocab, hidden], on the host as stored: only a prompt's rows are ever needed on the device
+    at::Tensor embedding_;       // [vocab, hidden], on the host as stored: only a prompt's rows are ever needed on the device
     std::vector<Layer> layers_;  // all but the last, whose output Z-Image does not use
 };
 

@@ -14,17 +14,20 @@
 namespace diffusionz {
 namespace {
 
-constexpr int64_t kAdalnDim = 256;             // or dim where that is smaller
-constexpr int64_t kTimeFrequencies = 256;      // sinusoid's width
+constexpr int64_t kAdalnDim = 256;         // or dim where that is smaller
+constexpr int64_t kTimeFrequencies = 256;  // sinusoid's width
 constexpr double kTimeMaxPeriod = 10000;
 
-int64_t padding_of(int64_t tokens) { return (Transformer::kTokensMultiple - tokens % Transformer::kTokensMultiple) % Transformer::kTokensMultiple; }
+int64_t padding_of(int64_t tokens) {
+    return (Transformer::kTokensMultiple - tokens % Transformer::kTokensMultiple) % Transformer::kTokensMultiple;
+}
 
 }  // namespace
 
 TransformerConfig TransformerConfig::from_json(const JsonFile& json) {
     const std::string type = json.text("_class_name", "ZImageTransformer2DModel");
-    if (type != "ZImageTransformer2DModel") fail(DIFFUSIONZ_E_MODEL, json.name(), ": _class_name is '", type, "'; it must be ZImageTransformer2DModel");
+    if (type != "ZImageTransformer2DModel")
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": _class_name is '", type, "'; it must be ZImageTransformer2DModel");
     TransformerConfig config;
     config.in_channels = json.integer("in_channels", config.in_channels, 1, 1024);
     config.dim = json.integer("dim", config.dim, 1, 1 << 16);
@@ -39,16 +42,19 @@ TransformerConfig TransformerConfig::from_json(const JsonFile& json) {
     config.t_scale = json.number("t_scale", config.t_scale, 0, 1e9);
     config.axes_dims = json.integers("axes_dims", config.axes_dims, 2, 1024);
     config.axes_lens = json.integers("axes_lens", {1024, 512, 512}, 1, 1 << 20);
-    if (json.integers("all_patch_size", {2}, 1, 64) != std::vector<int64_t>{Transformer::kPatch} || json.integers("all_f_patch_size", {1}, 1, 64) != std::vector<int64_t>{1}) {
+    if (json.integers("all_patch_size", {2}, 1, 64) != std::vector<int64_t>{Transformer::kPatch} ||
+        json.integers("all_f_patch_size", {1}, 1, 64) != std::vector<int64_t>{1}) {
         fail(DIFFUSIONZ_E_MODEL, json.name(), ": all_patch_size must be [2] and all_f_patch_size [1]");
     }
-    if (json.has("siglip_feat_dim")) fail(DIFFUSIONZ_E_MODEL, json.name(), ": a Z-Image-Omni model (siglip_feat_dim) is not supported");
+    if (json.has("siglip_feat_dim"))
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": a Z-Image-Omni model (siglip_feat_dim) is not supported");
     const int64_t sum = std::accumulate(config.axes_dims.begin(), config.axes_dims.end(), int64_t{0});
     bool even = config.axes_dims.size() == 3 && config.axes_lens.size() == 3;
     for (const int64_t axis : config.axes_dims) even = even && axis % 2 == 0;
     if (config.dim % config.num_heads != 0 || config.num_heads % config.num_kv_heads != 0 || !even || sum != config.head_dim()) {
-        fail(DIFFUSIONZ_E_MODEL, json.name(), ": dim ", config.dim, ", n_heads ", config.num_heads, ", n_kv_heads ", config.num_kv_heads, ", axes_dims ",
-             shape_text(config.axes_dims), " do not fit together: heads divide dim, key-value heads divide heads, three even axes add up to dim / n_heads");
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": dim ", config.dim, ", n_heads ", config.num_heads, ", n_kv_heads ",
+             config.num_kv_heads, ", axes_dims ", shape_text(config.axes_dims),
+             " do not fit together: heads divide dim, key-value heads divide heads, three even axes add up to dim / n_heads");
     }
     return config;
 }
@@ -65,11 +71,13 @@ TransformerConfig TransformerConfig::from_shapes(const Checkpoint& checkpoint) {
     config.axes_dims = {head_dim / 4, head_dim / 8 * 3, head_dim / 8 * 3};  // (32, 48, 48) of 128
     config.num_layers = config.num_refiner_layers = 0;
     while (checkpoint.has(concat("layers.", config.num_layers, ".attention_norm1.weight"))) ++config.num_layers;
-    while (checkpoint.has(concat("noise_refiner.", config.num_refiner_layers, ".attention_norm1.weight"))) ++config.num_refiner_layers;
+    while (checkpoint.has(concat("noise_refiner.", config.num_refiner_layers, ".attention_norm1.weight")))
+        ++config.num_refiner_layers;
     return config;
 }
 
-Transformer::Transformer(const TransformerConfig& config, const Weights& weights) : config_(config), placement_(weights.placement()) {
+Transformer::Transformer(const TransformerConfig& config, const Weights& weights)
+    : config_(config), placement_(weights.placement()) {
     const int64_t dim = config.dim, adaln = std::min(dim, kAdalnDim), patch = kPatch * kPatch * config.in_channels;
     const auto linear = [&](const std::string& name, int64_t out, int64_t in) {
         return Linear(weights.get(name + ".weight", {out, in}), weights.get(name + ".bias", {out}));
@@ -86,19 +94,28 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
     caption_pad_ = weights.get("cap_pad_token", {1, dim});
 
     const auto load = [&](std::vector<Block>& blocks, const char* name, int64_t count, bool modulated) {
-        for (int64_t i = 0; i < count; ++i) blocks.push_back(load_block(weights.below(concat(name, '.', i, '.')), modulated));
+        for (int64_t i = 0; i < count; ++i) {
+            blocks.push_back(load_block(weights.below(concat(name, '.', i, '.')), modulated));
+            weights.checkpoint().release_pages();
+        }
         for (int64_t i = 0; i < count; ++i) add_lora_targets(concat(name, '.', i), blocks[static_cast<size_t>(i)]);
     };
     load(noise_refiner_, "noise_refiner", config.num_refiner_layers, true);
     load(context_refiner_, "context_refiner", config.num_refiner_layers, false);
     load(layers_, "layers", config.num_layers, true);
 
-    const auto target = [&](const std::string& name, const Linear& layer) { lora_targets_.push_back({name, {&layer, 0, layer.out_features()}}); };
-    target("all_x_embedder.2-1", image_embedder_), target("x_embedder", image_embedder_);
+    const auto target = [&](const std::string& name, const Linear& layer) {
+        lora_targets_.push_back({name, {&layer, 0, layer.out_features()}});
+    };
+    target("all_x_embedder.2-1", image_embedder_);
+    target("x_embedder", image_embedder_);
     target("cap_embedder.1", caption_embedder_);
-    target("t_embedder.mlp.0", time_mlp0_), target("t_embedder.mlp.2", time_mlp2_);
-    target("all_final_layer.2-1.linear", final_linear_), target("final_layer.linear", final_linear_);
-    target("all_final_layer.2-1.adaLN_modulation.1", final_modulation_), target("final_layer.adaLN_modulation.1", final_modulation_);
+    target("t_embedder.mlp.0", time_mlp0_);
+    target("t_embedder.mlp.2", time_mlp2_);
+    target("all_final_layer.2-1.linear", final_linear_);
+    target("final_layer.linear", final_linear_);
+    target("all_final_layer.2-1.adaLN_modulation.1", final_modulation_);
+    target("final_layer.adaLN_modulation.1", final_modulation_);
 
     // Angles in float64, rounded once: bfloat16 or float32 frequencies lose a quarter turn at position 500.
     const auto f64 = at::TensorOptions().dtype(at::kDouble);
@@ -113,9 +130,11 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
 Transformer::Block Transformer::load_block(const Weights& weights, bool modulated) const {
     const int64_t dim = config_.dim, ffn = config_.ffn_dim(), d = config_.head_dim(), kv = config_.num_kv_heads * d;
     Block block;
-    block.qkv = Linear(at::cat({weights.get("attention.to_q.weight", {dim, dim}), weights.get("attention.to_k.weight", {kv, dim}), weights.get("attention.to_v.weight", {kv, dim})}));
+    block.qkv = Linear(at::cat({weights.get("attention.to_q.weight", {dim, dim}), weights.get("attention.to_k.weight", {kv, dim}),
+                                weights.get("attention.to_v.weight", {kv, dim})}));
     block.out = Linear(weights.get("attention.to_out.0.weight", {dim, dim}));
-    block.w13 = Linear(at::cat({weights.get("feed_forward.w1.weight", {ffn, dim}), weights.get("feed_forward.w3.weight", {ffn, dim})}));
+    block.w13 =
+        Linear(at::cat({weights.get("feed_forward.w1.weight", {ffn, dim}), weights.get("feed_forward.w3.weight", {ffn, dim})}));
     block.w2 = Linear(weights.get("feed_forward.w2.weight", {dim, ffn}));
     block.attention_norm1 = weights.get("attention_norm1.weight", {dim});
     block.attention_norm2 = weights.get("attention_norm2.weight", {dim});
@@ -128,7 +147,8 @@ Transformer::Block Transformer::load_block(const Weights& weights, bool modulate
     block.modulated = modulated;
     if (modulated) {
         const int64_t adaln = std::min(dim, kAdalnDim);
-        block.modulation = Linear(weights.get("adaLN_modulation.0.weight", {4 * dim, adaln}), weights.get("adaLN_modulation.0.bias", {4 * dim}));
+        block.modulation =
+            Linear(weights.get("adaLN_modulation.0.weight", {4 * dim, adaln}), weights.get("adaLN_modulation.0.bias", {4 * dim}));
     }
     return block;
 }
@@ -150,26 +170,33 @@ void Transformer::add_lora_targets(const std::string& name, const Block& block) 
     if (block.modulated) add("adaLN_modulation.0", block.modulation, 0, 4 * dim);
 }
 
-at::Tensor Transformer::run_block(const Block& block, const at::Tensor& x, const at::Tensor& rope, const at::Tensor& time_features, int64_t keep,
-                                  const LoraPairs* lora) const {
+at::Tensor Transformer::run_block(const Block& block, const at::Tensor& x, const at::Tensor& rope,
+                                  const at::Tensor& time_features, int64_t keep, const LoraPairs* lora) const {
     const int64_t d = config_.head_dim(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
     at::Tensor scale_attention, gate_attention, scale_ffn, gate_ffn;
     if (block.modulated) {
         const auto parts = block.modulation(time_features, lora).unsqueeze(1).chunk(4, 2);
-        scale_attention = parts[0] + 1, gate_attention = parts[1].tanh(), scale_ffn = parts[2] + 1, gate_ffn = parts[3].tanh();
+        scale_attention = parts[0] + 1;
+        gate_attention = parts[1].tanh();
+        scale_ffn = parts[2] + 1;
+        gate_ffn = parts[3].tanh();
     }
-    const auto modulated = [](at::Tensor value, const at::Tensor& factor) { return factor.defined() ? value.mul_(factor) : value; };
+    const auto modulated = [](at::Tensor value, const at::Tensor& factor) {
+        return factor.defined() ? value.mul_(factor) : value;
+    };
 
     const auto qkv = block.qkv(modulated(rms_norm(x, block.attention_norm1, config_.norm_eps), scale_attention), lora)
                          .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
     at::Tensor q = qkv[0].narrow(1, 0, keep).unflatten(-1, {heads, d}), k = qkv[1].unflatten(-1, {kv_heads, d});
     if (block.q_norm.defined()) {
         constexpr double kQkNormEps = 1e-5;  // fixed in the reference, whatever norm_eps is
-        q = rms_norm(q, block.q_norm, kQkNormEps), k = rms_norm(k, block.k_norm, kQkNormEps);
+        q = rms_norm(q, block.q_norm, kQkNormEps);
+        k = rms_norm(k, block.k_norm, kQkNormEps);
     }
     const at::Tensor attended = attention(rope_interleaved(q, rope.narrow(0, 0, keep)), rope_interleaved(k, rope),
                                           qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/false);
-    at::Tensor y = x.narrow(1, 0, keep) + modulated(rms_norm(block.out(attended, lora), block.attention_norm2, config_.norm_eps), gate_attention);
+    at::Tensor y = x.narrow(1, 0, keep) +
+                   modulated(rms_norm(block.out(attended, lora), block.attention_norm2, config_.norm_eps), gate_attention);
 
     const auto gate_up = block.w13(modulated(rms_norm(y, block.ffn_norm1, config_.norm_eps), scale_ffn), lora).chunk(2, -1);
     const at::Tensor down = block.w2(at::silu(gate_up[0]).mul_(gate_up[1]), lora);
@@ -181,13 +208,16 @@ at::Tensor Transformer::embed_time(float time, const LoraPairs* lora) const {
     constexpr int64_t half = kTimeFrequencies / 2;
     const at::Tensor frequencies = at::exp(at::arange(half, f32) * (-std::log(kTimeMaxPeriod)) / half);
     const at::Tensor angles = (frequencies * (time * static_cast<float>(config_.t_scale))).unsqueeze(0);
-    const at::Tensor features = at::cat({angles.cos(), angles.sin()}, -1).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
+    const at::Tensor features =
+        at::cat({angles.cos(), angles.sin()}, -1).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
     return time_mlp2_(at::silu(time_mlp0_(features, lora)), lora);
 }
 
 at::Tensor Transformer::refine_caption(const at::Tensor& features, const LoraPairs* lora) const {
     const int64_t tokens = features.size(0), padded = tokens + padding_of(tokens);
-    if (padded + 1 >= config_.axes_lens[0]) fail(DIFFUSIONZ_E_ARGUMENT, "the prompt has ", tokens, " tokens; this model's position table ends at ", config_.axes_lens[0]);
+    if (padded + 1 >= config_.axes_lens[0])
+        fail(DIFFUSIONZ_E_ARGUMENT, "the prompt has ", tokens, " tokens; this model's position table ends at ",
+             config_.axes_lens[0]);
     at::Tensor x = caption_embedder_(rms_norm(features, caption_norm_, config_.norm_eps), lora);
     x = at::cat({x, caption_pad_.expand({padded - tokens, config_.dim})}).unsqueeze(0);
     const at::Tensor rope = positions(kPatch, kPatch, padded).unified.narrow(0, kTokensMultiple, padded);
@@ -198,25 +228,32 @@ at::Tensor Transformer::refine_caption(const at::Tensor& features, const LoraPai
 Transformer::Positions Transformer::positions(int64_t latent_height, int64_t latent_width, int64_t caption_tokens) const {
     const int64_t rows = latent_height / kPatch, columns = latent_width / kPatch, tokens = rows * columns;
     const auto table = [&](const at::Tensor& frame, const at::Tensor& row, const at::Tensor& column) {
-        return at::cat({axis_tables_[0].index_select(0, frame), axis_tables_[1].index_select(0, row), axis_tables_[2].index_select(0, column)}, -1);
+        return at::cat({axis_tables_[0].index_select(0, frame), axis_tables_[1].index_select(0, row),
+                        axis_tables_[2].index_select(0, column)},
+                       -1);
     };
     const auto i64 = at::TensorOptions().dtype(at::kLong);
     // The caption counts 1, 2, ... through its padding; the image is one frame after it; the image's padding sits at the origin.
     const at::Tensor index = at::arange(tokens, i64);
     const at::Tensor zeros = at::zeros({padding_of(tokens)}, i64);
-    const at::Tensor image = table(at::cat({at::full({tokens}, caption_tokens + 1, i64), zeros}), at::cat({index.div(columns, "floor"), zeros}),
-                                   at::cat({index.remainder(columns), zeros}));
+    const at::Tensor image = table(at::cat({at::full({tokens}, caption_tokens + 1, i64), zeros}),
+                                   at::cat({index.div(columns, "floor"), zeros}), at::cat({index.remainder(columns), zeros}));
     const at::Tensor none = at::zeros({caption_tokens}, i64);
     const at::Tensor caption = table(at::arange(1, caption_tokens + 1, i64), none, none);
     return {image.to(placement_.device), at::cat({image, caption}).to(placement_.device)};
 }
 
-at::Tensor Transformer::forward(const at::Tensor& latents, float time, const at::Tensor& caption, const Positions& positions, const LoraPairs* lora) const {
-    const int64_t batch = latents.size(0), channels = latents.size(1), rows = latents.size(2) / kPatch, columns = latents.size(3) / kPatch;
+at::Tensor Transformer::forward(const at::Tensor& latents, float time, const at::Tensor& caption, const Positions& positions,
+                                const LoraPairs* lora) const {
+    const int64_t batch = latents.size(0), channels = latents.size(1), rows = latents.size(2) / kPatch,
+                  columns = latents.size(3) / kPatch;
     const int64_t tokens = rows * columns, padding = padding_of(tokens);
     const at::Tensor time_features = embed_time(time, lora);
 
-    const at::Tensor patches = latents.to(placement_.dtype).reshape({batch, channels, rows, kPatch, columns, kPatch}).permute({0, 2, 4, 3, 5, 1}).reshape({batch, tokens, -1});
+    const at::Tensor patches = latents.to(placement_.dtype)
+                                   .reshape({batch, channels, rows, kPatch, columns, kPatch})
+                                   .permute({0, 2, 4, 3, 5, 1})
+                                   .reshape({batch, tokens, -1});
     at::Tensor x = image_embedder_(patches, lora);
     if (padding) x = at::cat({x, image_pad_.expand({batch, padding, config_.dim})}, 1);
     for (const Block& block : noise_refiner_) x = run_block(block, x, positions.image, time_features, tokens + padding, lora);
@@ -230,13 +267,18 @@ at::Tensor Transformer::forward(const at::Tensor& latents, float time, const at:
 
     const at::Tensor scale = final_modulation_(at::silu(time_features), lora).add_(1).unsqueeze(1);
     const at::Tensor out = final_linear_(at::layer_norm(x, {config_.dim}, {}, {}, 1e-6) * scale, lora);
-    return out.to(at::kFloat).reshape({batch, rows, columns, kPatch, kPatch, channels}).permute({0, 5, 1, 3, 2, 4}).reshape(latents.sizes());
+    return out.to(at::kFloat)
+        .reshape({batch, rows, columns, kPatch, kPatch, channels})
+        .permute({0, 5, 1, 3, 2, 4})
+        .reshape(latents.sizes());
 }
 
 size_t Transformer::nbytes() const {
-    size_t total = image_embedder_.nbytes() + caption_embedder_.nbytes() + time_mlp0_.nbytes() + time_mlp2_.nbytes() + final_linear_.nbytes() + final_modulation_.nbytes();
+    size_t total = image_embedder_.nbytes() + caption_embedder_.nbytes() + time_mlp0_.nbytes() + time_mlp2_.nbytes() +
+                   final_linear_.nbytes() + final_modulation_.nbytes();
     for (const auto* blocks : {&noise_refiner_, &context_refiner_, &layers_}) {
-        for (const Block& block : *blocks) total += block.qkv.nbytes() + block.out.nbytes() + block.w13.nbytes() + block.w2.nbytes() + block.modulation.nbytes();
+        for (const Block& block : *blocks)
+            total += block.qkv.nbytes() + block.out.nbytes() + block.w13.nbytes() + block.w2.nbytes() + block.modulation.nbytes();
     }
     return total;
 }

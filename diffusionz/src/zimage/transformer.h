@@ -39,13 +39,13 @@ struct TransformerConfig {
 
 class Transformer {
 public:
-    static constexpr int64_t kPatch = 2;             // latent pixels a side of a token
-    static constexpr int64_t kTokensMultiple = 32;   // captions and images are padded to it by learned tokens, which are attended
+    static constexpr int64_t kPatch = 2;            // latent pixels a side of a token
+    static constexpr int64_t kTokensMultiple = 32;  // captions and images are padded to it by learned tokens, which are attended
 
     Transformer(const TransformerConfig& config, const Weights& weights);
 
-    // A caption after embedding, padding and its refiner: [1, padded tokens, dim]. It does not depend on the step, so once a prompt is enough.
-    // features [tokens, caption_dim].
+    // A caption after embedding, padding and its refiner: [1, padded tokens, dim]. It does not depend on the step, so once a
+    // prompt is enough. features [tokens, caption_dim].
     at::Tensor refine_caption(const at::Tensor& features, const LoraPairs* lora) const;
 
     // Rotary tables of one image size beside one padded caption length; the same at every step.
@@ -57,9 +57,11 @@ public:
 
     // The model's output, before the pipeline negates it: float32 [batch, channels, height, width] like `latents`.
     // time = 1 - sigma; caption [batch, padded tokens, dim] from refine_caption.
-    at::Tensor forward(const at::Tensor& latents, float time, const at::Tensor& caption, const Positions& positions, const LoraPairs* lora) const;
+    at::Tensor forward(const at::Tensor& latents, float time, const at::Tensor& caption, const Positions& positions,
+                       const LoraPairs* lora) const;
 
-    // A layer that an adapter can correct. Checkpoints name the parts of a fused product apart: such a name is rows of the product.
+    // A layer that an adapter can correct. Checkpoints name the parts of a fused product apart: such a name is rows of the
+    // product.
     struct Target {
         const Linear* linear;
         int64_t row_begin, rows;
@@ -81,7 +83,8 @@ private:
     Block load_block(const Weights& weights, bool modulated) const;
     void add_lora_targets(const std::string& name, const Block& block);
     // x [batch, tokens, dim]; `time_features` [1, adaln] or undefined; only the first `keep` tokens of the result are computed.
-    at::Tensor run_block(const Block& block, const at::Tensor& x, const at::Tensor& rope, const at::Tensor& time_features, int64_t keep, const LoraPairs* lora) const;
+    at::Tensor run_block(const Block& block, const at::Tensor& x, const at::Tensor& rope, const at::Tensor& time_features,
+                         int64_t keep, const LoraPairs* lora) const;
     at::Tensor embed_time(float time, const LoraPairs* lora) const;
 
     TransformerConfig config_;

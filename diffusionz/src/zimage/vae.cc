@@ -1,8 +1,8 @@
 #include "zimage/vae.h"
 
 #include <ATen/Functions.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/TensorIndexing.h>
+#include <ATen/TensorOperators.h>
 
 #include "core/error.h"
 #include "ops/attention.h"
@@ -28,10 +28,13 @@ VaeConfig VaeConfig::from_json(const JsonFile& json) {
     config.use_quant_conv = json.boolean("use_quant_conv", true);
     config.use_post_quant_conv = json.boolean("use_post_quant_conv", true);
     config.mid_block_add_attention = json.boolean("mid_block_add_attention", true);
-    if (config.block_out_channels.empty() || config.block_out_channels.size() > 8) fail(DIFFUSIONZ_E_MODEL, json.name(), ": block_out_channels must have 1 to 8 entries");
+    config.sample_size = json.integer("sample_size", config.sample_size, 1, 1 << 20);
+    if (config.block_out_channels.empty() || config.block_out_channels.size() > 8)
+        fail(DIFFUSIONZ_E_MODEL, json.name(), ": block_out_channels must have 1 to 8 entries");
     for (const int64_t channels : config.block_out_channels) {
         if (channels % config.norm_num_groups != 0) {
-            fail(DIFFUSIONZ_E_MODEL, json.name(), ": block_out_channels ", shape_text(config.block_out_channels), " must be multiples of norm_num_groups ", config.norm_num_groups);
+            fail(DIFFUSIONZ_E_MODEL, json.name(), ": block_out_channels ", shape_text(config.block_out_channels),
+                 " must be multiples of norm_num_groups ", config.norm_num_groups);
         }
     }
     for (const char* key : {"in_channels", "out_channels"}) {
@@ -46,7 +49,8 @@ VaeConfig VaeConfig::from_shapes(const Checkpoint& checkpoint) {
     int64_t blocks = 0;
     while (checkpoint.has(concat("decoder.up_blocks.", blocks, ".resnets.0.conv1.weight"))) ++blocks;
     for (int64_t i = blocks - 1; i >= 0; --i) {
-        config.block_out_channels.push_back(checkpoint.at(concat("decoder.up_blocks.", i, ".resnets.0.conv1.weight")).shape.at(0));
+        config.block_out_channels.push_back(
+            checkpoint.at(concat("decoder.up_blocks.", i, ".resnets.0.conv1.weight")).shape.at(0));
     }
     int64_t resnets = 0;
     while (checkpoint.has(concat("decoder.up_blocks.0.resnets.", resnets, ".conv1.weight"))) ++resnets;
@@ -69,7 +73,8 @@ Vae::Vae(const VaeConfig& config, const Weights& weights) : config_(config), pla
 
 Conv2d Vae::load_conv(const Weights& weights, const std::string& name, int64_t out, int64_t in, int64_t kernel, int64_t stride) {
     // A strided convolution follows an explicit padding of one side, so it has none of its own.
-    Conv2d conv(weights.get(name + ".weight", {out, in, kernel, kernel}), weights.get(name + ".bias", {out}), stride, stride == 1 ? kernel / 2 : 0);
+    Conv2d conv(weights.get(name + ".weight", {out, in, kernel, kernel}), weights.get(name + ".bias", {out}), stride,
+                stride == 1 ? kernel / 2 : 0);
     nbytes_ += conv.nbytes();
     return conv;
 }
@@ -79,7 +84,11 @@ Vae::Norm Vae::load_norm(const Weights& weights, const std::string& name, int64_
 }
 
 Vae::Resnet Vae::load_resnet(const Weights& weights, int64_t in, int64_t out) {
-    Resnet resnet{load_norm(weights, "norm1", in), load_norm(weights, "norm2", out), load_conv(weights, "conv1", out, in, 3), load_conv(weights, "conv2", out, out, 3), {}};
+    Resnet resnet{load_norm(weights, "norm1", in),
+                  load_norm(weights, "norm2", out),
+                  load_conv(weights, "conv1", out, in, 3),
+                  load_conv(weights, "conv2", out, out, 3),
+                  {}};
     if (in != out) resnet.shortcut = load_conv(weights, "conv_shortcut", out, in, 1);
     return resnet;
 }
@@ -95,7 +104,8 @@ void Vae::load_middle(const Weights& weights, Half& half, int64_t channels) {
         nbytes_ += layer.nbytes();
         return layer;
     };
-    half.attention.emplace(MidAttention{load_norm(attention, "group_norm", channels), linear("to_q"), linear("to_k"), linear("to_v"), linear("to_out.0")});
+    half.attention.emplace(MidAttention{load_norm(attention, "group_norm", channels), linear("to_q"), linear("to_k"),
+                                        linear("to_v"), linear("to_out.0")});
 }
 
 Vae::Half Vae::load_decoder(const Weights& weights) {
@@ -107,7 +117,8 @@ Vae::Half Vae::load_decoder(const Weights& weights) {
     for (size_t i = 0; i < channels.size(); ++i) {
         const Weights block = weights.below(concat("up_blocks.", i, "."));
         Stage stage;
-        for (int64_t j = 0; j <= config_.layers_per_block; ++j, in = channels[i]) stage.resnets.push_back(load_resnet(block.below(concat("resnets.", j, ".")), in, channels[i]));
+        for (int64_t j = 0; j <= config_.layers_per_block; ++j, in = channels[i])
+            stage.resnets.push_back(load_resnet(block.below(concat("resnets.", j, ".")), in, channels[i]));
         if (i + 1 < channels.size()) stage.resample = load_conv(block, "upsamplers.0.conv", in, in, 3);
         half.blocks.push_back(std::move(stage));
     }
@@ -124,7 +135,8 @@ Vae::Half Vae::load_encoder(const Weights& weights) {
     for (size_t i = 0; i < channels.size(); ++i) {
         const Weights block = weights.below(concat("down_blocks.", i, "."));
         Stage stage;
-        for (int64_t j = 0; j < config_.layers_per_block; ++j, in = channels[i]) stage.resnets.push_back(load_resnet(block.below(concat("resnets.", j, ".")), in, channels[i]));
+        for (int64_t j = 0; j < config_.layers_per_block; ++j, in = channels[i])
+            stage.resnets.push_back(load_resnet(block.below(concat("resnets.", j, ".")), in, channels[i]));
         if (i + 1 < channels.size()) stage.resample = load_conv(block, "downsamplers.0.conv", in, in, 3, 2);
         half.blocks.push_back(std::move(stage));
     }
@@ -134,7 +146,9 @@ Vae::Half Vae::load_encoder(const Weights& weights) {
     return half;
 }
 
-at::Tensor Vae::run_norm(const Norm& norm, const at::Tensor& x, bool silu) const { return group_norm(x, norm.weight, norm.bias, config_.norm_num_groups, kNormEps, silu); }
+at::Tensor Vae::run_norm(const Norm& norm, const at::Tensor& x, bool silu) const {
+    return group_norm(x, norm.weight, norm.bias, config_.norm_num_groups, kNormEps, silu);
+}
 
 at::Tensor Vae::run_resnet(const Resnet& resnet, const at::Tensor& x) const {
     at::Tensor y = resnet.conv1(run_norm(resnet.norm1, x, true));
@@ -149,8 +163,9 @@ at::Tensor Vae::run_middle(const Half& half, at::Tensor x) const {
         // Channels-last memory is [tokens, channels] already.
         const at::Tensor tokens = run_norm(half.attention->norm, x, false).permute({0, 2, 3, 1}).flatten(1, 2);
         const auto one_head = [](const at::Tensor& t) { return t.unsqueeze(2); };
-        const at::Tensor mixed = half.attention->out(
-            attention(one_head(half.attention->q(tokens)), one_head(half.attention->k(tokens)), one_head(half.attention->v(tokens)), /*causal=*/false));
+        const at::Tensor mixed =
+            half.attention->out(attention(one_head(half.attention->q(tokens)), one_head(half.attention->k(tokens)),
+                                          one_head(half.attention->v(tokens)), /*causal=*/false));
         x = x + mixed.unflatten(1, {height, width}).permute({0, 3, 1, 2});
     }
     return run_resnet(half.mid[1], x);
@@ -169,7 +184,16 @@ at::Tensor Vae::decode_raw(const at::Tensor& latents) const {
 
 at::Tensor Vae::decode(const at::Tensor& latents) const {
     const at::Tensor image = decode_raw(latents.to(placement_.dtype) / config_.scaling_factor + config_.shift_factor);
-    return image.mul(0.5).add_(0.5).clamp_(0, 1).to(at::kFloat).mul_(255).round_().permute({0, 2, 3, 1}).to(at::kByte).to(at::kCPU).contiguous();
+    return image.mul(0.5)
+        .add_(0.5)
+        .clamp_(0, 1)
+        .to(at::kFloat)
+        .mul_(255)
+        .round_()
+        .permute({0, 2, 3, 1})
+        .to(at::kByte)
+        .to(at::kCPU)
+        .contiguous();
 }
 
 at::Tensor Vae::encode(const at::Tensor& pixels, const at::Tensor& noise) const {

@@ -23,6 +23,7 @@ struct VaeConfig {
     bool use_quant_conv = false;
     bool use_post_quant_conv = false;
     bool mid_block_add_attention = true;
+    int64_t sample_size = 1024;  // pixels a side that the model was made for
 
     // Pixels a side of one latent.
     int64_t scale() const { return int64_t{1} << (block_out_channels.size() - 1); }
@@ -41,8 +42,8 @@ public:
     // The decoder alone: unscaled latents to [batch, 3, 8h, 8w] in [-1, 1], unclamped.
     at::Tensor decode_raw(const at::Tensor& latents) const;
 
-    // pixels uint8 [height, width, 3] to scaled latents [1, channels, height/8, width/8], float32. The posterior is sampled with `noise` [1, channels, ...], as the
-    // reference's image-to-image pipeline does.
+    // pixels uint8 [height, width, 3] to scaled latents [1, channels, height/8, width/8], float32. The posterior is sampled with
+    // `noise` [1, channels, ...], as the reference's image-to-image pipeline does.
     at::Tensor encode(const at::Tensor& pixels, const at::Tensor& noise) const;
     // Whether the checkpoint has an encoder: decoder-only files can still draw from text.
     bool has_encoder() const { return !encoder_.blocks.empty(); }
@@ -75,7 +76,8 @@ private:
         Norm norm_out;
     };
 
-    Conv2d load_conv(const Weights& weights, const std::string& name, int64_t out, int64_t in, int64_t kernel, int64_t stride = 1);
+    Conv2d load_conv(const Weights& weights, const std::string& name, int64_t out, int64_t in, int64_t kernel,
+                     int64_t stride = 1);
     Norm load_norm(const Weights& weights, const std::string& name, int64_t channels);
     Resnet load_resnet(const Weights& weights, int64_t in, int64_t out);
     void load_middle(const Weights& weights, Half& half, int64_t channels);
