@@ -44,6 +44,39 @@ class Shape:
     scheduler: dict = dataclasses.field(default_factory=dict)
 
 
+# Widths, depths and head counts that differ in what can go wrong.
+SHAPES = {
+    # 16 numbers a head; the caption narrower than the model
+    "small": Shape(seed=1),
+    # wider than the 256 of the time embedding; more of everything; one key-value head in the text encoder
+    "wide": Shape(
+        seed=2,
+        transformer={"dim": 288, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 9, "axes_dims": (8, 12, 12)},
+        text_encoder={"hidden_size": 64, "num_hidden_layers": 5, "num_key_value_heads": 1, "intermediate_size": 160},
+        vae={"block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "norm_num_groups": 32},
+    ),
+    # every switch of the configs that the released models leave alone
+    "unusual": Shape(
+        seed=3,
+        transformer={
+            "dim": 96, "n_layers": 1, "n_refiner_layers": 2, "n_heads": 3, "n_kv_heads": 3, "axes_dims": (16, 8, 8),
+            "axes_lens": (700, 24, 40), "qk_norm": False, "rope_theta": 100.0, "t_scale": 500.0, "norm_eps": 1e-3,
+            "in_channels": 8,
+        },
+        text_encoder={
+            "attention_bias": True, "num_hidden_layers": 2, "num_attention_heads": 2, "rms_norm_eps": 1e-4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        vae={
+            "latent_channels": 8, "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": False,
+            "block_out_channels": (8, 16, 24), "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3, "scaling_factor": 0.7, "shift_factor": -0.2,
+        },
+        scheduler={"use_dynamic_shifting": True},
+    ),
+}  # fmt: skip
+
+
 def make_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE of Qwen2's form, trained on a few sentences."""
     bpe = Tokenizer(models.BPE())

@@ -10,56 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import parity
-
-PROMPTS = {
-    "empty": "",
-    "short": "a red circle on a blue background",
-    "chinese": "一只可爱的熊猫在竹林里吃竹子。水墨画风格",
-    "emoji": "👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️‍🔥 1️⃣ 😀",
-    "spaces": "  two\n\nlines \t and  more  ",
-    "special": "a <|im_end|>\n<|im_start|>assistant\nb <|endoftext|>",
-    "accents": "Cafe\u0301 nai\u0308ve Đà Nẵng",
-    "long": "a cat on a red chair beside the window, " * 80,  # cut at 512 tokens
-}
-
-
-def reference_ids(pipe, prompt):
-    """As ZImagePipeline._encode_prompt makes them."""
-    messages = [{"role": "user", "content": prompt}]
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-    text = pipe.tokenizer.apply_chat_template(messages, **options)
-    return pipe.tokenizer(text, max_length=512, truncation=True, return_tensors="pt").input_ids[0]
-
-
-@torch.no_grad()
-def reference_features(pipe, prompt):
-    return pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)[0][0]
-
-
-@torch.no_grad()
-def reference_transformer(pipe, latents, features, time):
-    count = latents.shape[0]
-    pictures, times = list(latents.unsqueeze(2)), torch.full((count,), time)
-    out = pipe.transformer(pictures, times, [features] * count, return_dict=False)[0]
-    return torch.stack(out).squeeze(2)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.models import parity, reference
+from tests.models.cases import PROMPTS, REQUESTS, SHORT, complete
+from tests.models.reference import normal, random_picture
 
 
 def test_prompts_become_the_same_token_ids(model):
     ours = model.run([{"stage": "tokens", "prompt": prompt, "out": name} for name, prompt in PROMPTS.items()])
     for name, prompt in PROMPTS.items():
-        assert ours[name].int().tolist() == reference_ids(model.pipe, prompt).tolist(), name
+        assert ours[name].int().tolist() == reference.ids(model.pipe, prompt).tolist(), name
     assert len(ours["long"]) == 512
 
 
 def test_the_text_encoder_gives_the_same_features(model):
     ours = model.run([{"stage": "features", "prompt": prompt, "out": name} for name, prompt in PROMPTS.items()])
     for name, prompt in PROMPTS.items():
-        parity.assert_parity("features", ours[name], reference_features(model.pipe, prompt), (model.name, name))
+        parity.assert_parity("features", ours[name], reference.features(model.pipe, prompt), (model.name, name))
 
 
 # Tokens of a picture: 1 and 35 are padded to the next 32, 32 and 64 are not; none is square but the first and last.
@@ -85,8 +51,8 @@ def test_one_transformer_call_gives_the_same_output(model):
         inputs,
     )
     for i, (x, f, t) in enumerate(cases):
-        reference = reference_transformer(model.pipe, inputs[x], inputs[f], t)
-        parity.assert_parity("transformer", ours[f"{i}"], reference, (model.name, x, f, t))
+        expected = reference.transformer(model.pipe, inputs[x], inputs[f], t)
+        parity.assert_parity("transformer", ours[f"{i}"], expected, (model.name, x, f, t))
 
 
 def test_sigmas_are_the_same_bit_for_bit(model):
@@ -112,16 +78,7 @@ def test_the_decoder_gives_the_same_picture(model):
     inputs = {f"{h}x{w}": normal(n, channels, h, w) for n, h, w in [(1, 2, 2), (1, 6, 10), (2, 8, 4)]}
     ours = model.run([{"stage": "decode", "latents": name, "out": name} for name in inputs], inputs)
     for name, latents in inputs.items():
-        with torch.no_grad():
-            reference = model.pipe.vae.decode(latents, return_dict=False)[0]
-        parity.assert_parity("decode", ours[name], reference, (model.name, name))
-
-
-def random_picture(height, width, seed=0):
-    """Smooth shapes and some noise, uint8 values [height, width, 3]."""
-    coarse = torch.rand(1, 3, 5, 4, generator=torch.Generator().manual_seed(seed))
-    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
-    return (255 * smooth + 8 * normal(1, 3, height, width, seed=seed)).clamp(0, 255).round()[0].permute(1, 2, 0)
+        parity.assert_parity("decode", ours[name], reference.decode(model.pipe, latents), (model.name, name))
 
 
 def test_the_encoder_gives_the_same_latents(model):
@@ -138,68 +95,8 @@ def test_the_encoder_gives_the_same_latents(model):
         inputs,
     )
     for h, w in sizes:
-        pixels = inputs[f"image {h}x{w}"].permute(2, 0, 1).unsqueeze(0) / 255 * 2 - 1
-        with torch.no_grad():
-            posterior = model.pipe.vae.encode(pixels).latent_dist
-        sample = posterior.mean + posterior.std * inputs[f"noise {h}x{w}"]
-        reference = (sample - config.shift_factor) * config.scaling_factor
-        parity.assert_parity("encode", ours[f"{h}x{w}"], reference, (model.name, h, w))
-
-
-# --- Each step's latents -------------------------------------------------------------------------------------------
-
-SHORT, LONG = "a green square", "a photo of a cat sitting on a red chair beside the window, soft light, highly detailed"
-REQUESTS = {
-    "no guidance": {"prompt": SHORT},
-    "one step": {"prompt": LONG, "steps": 1},
-    "guidance": {"prompt": LONG, "guidance_scale": 3.5},
-    "captions of one length": {"prompt": SHORT, "guidance_scale": 1.5, "negative_prompt": "a red circle"},
-    "captions of two lengths": {"prompt": LONG * 3, "guidance_scale": 4.0, "negative_prompt": "低质量, blurry"},
-    "normalized": {"prompt": SHORT, "guidance_scale": 5.0, "negative_prompt": "x", "cfg_normalization": 1.0},
-    "normalized tightly": {"prompt": SHORT, "guidance_scale": 5.0, "negative_prompt": "x", "cfg_normalization": 0.5},
-    # at 8 steps one time is 0.25 exactly: the reference still guides it
-    "truncated": {"prompt": SHORT, "guidance_scale": 4.0, "cfg_truncation": 0.25, "steps": 8},
-    "truncated at once": {"prompt": SHORT, "guidance_scale": 4.0, "cfg_truncation": 0.0},
-    "a large seed": {"prompt": SHORT, "seed": 2**63 - 1},
-    "image": {"prompt": LONG, "image": "picture", "strength": 0.6, "steps": 5},
-    "image, most of it kept": {"prompt": LONG, "image": "picture", "strength": 0.3, "steps": 10},
-    "image, none of it kept": {"prompt": SHORT, "image": "picture", "strength": 1.0},
-    "image with guidance": {
-        "prompt": SHORT, "image": "picture", "strength": 0.7, "guidance_scale": 2.0, "cfg_truncation": 0.6, "steps": 7
-    },
-}  # fmt: skip
-
-
-def complete(request, size):
-    """Sizes in units of the model's multiple."""
-    return {"steps": 4, "seed": 7} | request | {"height": size[0], "width": size[1]}
-
-
-def reference_latents(pipe, request, picture=None):
-    """The latents at each of the pipeline's steps, without those it starts from."""
-    from diffusers import ZImageImg2ImgPipeline
-    from PIL import Image
-
-    steps = []
-
-    def keep(_pipe, _step, _time, values):
-        steps.append(values["latents"].clone())
-        return values
-
-    options = {
-        "prompt": request["prompt"], "height": request["height"], "width": request["width"],
-        "num_inference_steps": request["steps"], "guidance_scale": request.get("guidance_scale", 0.0),
-        "negative_prompt": request.get("negative_prompt"), "cfg_normalization": request.get("cfg_normalization", 0.0),
-        "cfg_truncation": request.get("cfg_truncation", 1.0), "callback_on_step_end": keep, "output_type": "latent",
-        "generator": torch.Generator("cpu").manual_seed(request["seed"]),
-    }  # fmt: skip
-    if "image" in request:
-        pipe = ZImageImg2ImgPipeline(**pipe.components)
-        pipe.set_progress_bar_config(disable=True)
-        options["image"] = Image.fromarray(picture.byte().numpy())
-        options["strength"] = request["strength"]
-    pipe(**options)
-    return torch.cat(steps)
+        expected = reference.encode(model.pipe, inputs[f"image {h}x{w}"], inputs[f"noise {h}x{w}"])
+        parity.assert_parity("encode", ours[f"{h}x{w}"], expected, (model.name, h, w))
 
 
 def test_every_step_leaves_the_same_latents(model):
@@ -212,9 +109,9 @@ def test_every_step_leaves_the_same_latents(model):
         {"picture": picture},
     )
     for name, request in requests.items():
-        reference = reference_latents(model.pipe, request, picture)
+        expected = reference.latents(model.pipe, request, picture)
         # The engine also tells what it started from.
-        parity.assert_parity("latents", ours[name][1:], reference, (model.name, name))
+        parity.assert_parity("latents", ours[name][1:], expected, (model.name, name))
 
 
 def test_the_first_noise_is_the_reference_generators(random_model):
