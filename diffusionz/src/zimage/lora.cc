@@ -9,6 +9,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/mapped_file.h"
 
 namespace diffusionz {
 namespace {
@@ -18,7 +19,8 @@ constexpr double kMatchShareMin = 0.95;
 enum class Role { down, up, alpha };
 
 struct Key {
-    std::string module;  // flattened: dots are underscores
+    std::string name;    // the module's, as the file has it
+    std::string module;  // the same flattened: dots are underscores
     Role role;
 };
 
@@ -47,43 +49,66 @@ bool parse_key(std::string name, Key& key) {
     };
     for (const auto& [suffix, role] : suffixes) {
         if (!name.ends_with(suffix)) continue;
-        key = {flatten(name.substr(0, name.size() - std::string(suffix).size())), role};
+        name.resize(name.size() - std::string(suffix).size());
+        key = {name, flatten(name), role};
         return true;
     }
     return false;
 }
 
-// PEFT's lora_alpha, which diffusers keeps as JSON in the header's metadata. Without it alpha is the rank.
+// PEFT's config, which has the lora_alpha that its files lack: diffusers keeps it as JSON in the header's metadata, PEFT in a file
+// beside. Without it alpha is the rank.
 class PeftScale {
 public:
-    explicit PeftScale(const std::map<std::string, std::string>& metadata) {
+    PeftScale(const std::filesystem::path& path, const std::map<std::string, std::string>& metadata) {
         const auto found = metadata.find("lora_adapter_metadata");
-        if (found == metadata.end()) return;
-        const auto json = nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
-        if (!json.is_object()) return;
-        const auto field = [&](const char* name) {
-            return json.contains(name) ? json[name] : json.value(std::string("transformer.") + name, nlohmann::json());
-        };
-        if (field("lora_alpha").is_number()) alpha_ = field("lora_alpha").get<double>();
-        if (field("use_rslora").is_boolean()) rank_stabilized_ = field("use_rslora").get<bool>();
-        const auto pattern = field("alpha_pattern");
-        if (pattern.is_object()) {
-            for (const auto& [module, alpha] : pattern.items()) {
-                if (alpha.is_number()) pattern_[flatten(module)] = alpha.get<double>();
-            }
+        const std::filesystem::path beside = path.parent_path() / "adapter_config.json";
+        if (found != metadata.end()) {
+            read(found->second, path.string() + ": lora_adapter_metadata");
+        } else if (path.filename() == "adapter_model.safetensors" && std::filesystem::exists(beside)) {
+            read(MappedFile(beside, DIFFUSIONZ_E_LORA).text(), beside.string());
         }
     }
+
     double operator()(const std::string& module, int64_t rank) const {
-        const auto found = pattern_.find(module);
-        const double alpha = found != pattern_.end() ? found->second : alpha_;
+        double alpha = alpha_;
+        for (const auto& [pattern, value] : patterns_) {
+            // The first that matches as PEFT's (.*\.)?(pattern)$ does.
+            const bool ends = module.ends_with("." + pattern);
+            if (module != pattern && !ends) continue;
+            alpha = value;
+            break;
+        }
         if (std::isnan(alpha)) return 1.0;
         return alpha / (rank_stabilized_ ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
     }
 
 private:
+    // A scale that is misread draws another picture in silence, so what is not understood is refused.
+    void read(std::string_view text, const std::string& name) {
+        const auto json = nlohmann::ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
+        if (!json.is_object()) fail(DIFFUSIONZ_E_LORA, name, ": not a JSON object");
+        const auto field = [&](const std::string& key) {
+            return json.contains(key) ? json[key] : json.value("transformer." + key, nlohmann::ordered_json());
+        };
+        if (field("lora_alpha").is_number()) alpha_ = field("lora_alpha").get<double>();
+        if (field("use_rslora").is_boolean()) rank_stabilized_ = field("use_rslora").get<bool>();
+        const auto patterns = field("alpha_pattern");
+        if (!patterns.is_object()) return;
+        for (const auto& [pattern, alpha] : patterns.items()) {
+            std::string plain = pattern.substr(pattern.starts_with('^') ? 1 : 0);
+            for (size_t at = plain.find("\\."); at != std::string::npos; at = plain.find("\\.", at)) plain.erase(at, 1);
+            if (!alpha.is_number() || plain.find_first_of("^$*+?()[]{}|\\") != std::string::npos) {
+                fail(DIFFUSIONZ_E_LORA, name, ": alpha_pattern has '", pattern,
+                     "'; supported are a module's name or its end, each with a number");
+            }
+            patterns_.emplace_back(std::move(plain), alpha.get<double>());
+        }
+    }
+
     double alpha_ = NAN;
     bool rank_stabilized_ = false;
-    std::map<std::string, double> pattern_;
+    std::vector<std::pair<std::string, double>> patterns_;
 };
 
 }  // namespace
@@ -95,6 +120,7 @@ LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& t
     for (const auto& [name, target] : transformer.lora_targets()) targets[flatten(name)] = target;
 
     struct Parts {
+        std::string name;
         const TensorView *down = nullptr, *up = nullptr, *alpha = nullptr;
     };
     std::map<std::string, Parts> modules;
@@ -106,6 +132,7 @@ LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& t
             continue;
         }
         Parts& parts = modules[key.module];
+        parts.name = key.name;
         (key.role == Role::down ? parts.down : key.role == Role::up ? parts.up : parts.alpha) = &view;
     }
     const size_t total = file->tensors().size(), matched = total - unmatched.size();
@@ -116,7 +143,7 @@ LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& t
              " keys match this model, 95 % must; among the others: ", names.empty() ? "(no keys)" : names);
     }
 
-    const PeftScale peft_scale(file->metadata());
+    const PeftScale peft_scale(path, file->metadata());
     // Some trainers write a product twice, whole and in parts, or under both its names: each row is corrected once, parts first.
     std::map<const Linear*, std::set<int64_t>> corrected;
     std::vector<std::pair<std::string, Parts>> ordered(modules.begin(), modules.end());
@@ -138,11 +165,12 @@ LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& t
         if (whole ? !rows.empty() : rows.count(target.row_begin) != 0) continue;
         rows.insert(target.row_begin);
 
+        // A copy, whose alignment is not the file's: a product of the same numbers at another alignment may round differently.
         const auto load = [&](const TensorView& view) {
             return as_tensor(view, file, path.string() + ": module " + module, DIFFUSIONZ_E_LORA)
-                .to(at::TensorOptions().device(placement.device).dtype(placement.dtype));
+                .to(at::TensorOptions().device(placement.device).dtype(placement.dtype), /*non_blocking=*/false, /*copy=*/true);
         };
-        LoraPair pair{load(*parts.down), load(*parts.up), target.row_begin, peft_scale(module, down[0])};
+        LoraPair pair{load(*parts.down), load(*parts.up), target.row_begin, peft_scale(parts.name, down[0])};
         if (parts.alpha) {
             const at::Tensor alpha = as_tensor(*parts.alpha, file, path.string() + ": module " + module, DIFFUSIONZ_E_LORA);
             if (alpha.numel() != 1)
