@@ -119,7 +119,10 @@ Vae::Half Vae::load_decoder(const Weights& weights) {
         Stage stage;
         for (int64_t j = 0; j <= config_.layers_per_block; ++j, in = channels[i])
             stage.resnets.push_back(load_resnet(block.below(concat("resnets.", j, ".")), in, channels[i]));
-        if (i + 1 < channels.size()) stage.resample = load_conv(block, "upsamplers.0.conv", in, in, 3);
+        if (i + 1 < channels.size()) {
+            stage.upsample.emplace(block.get("upsamplers.0.conv.weight", {in, in, 3, 3}), block.get("upsamplers.0.conv.bias", {in}));
+            nbytes_ += stage.upsample->nbytes();
+        }
         half.blocks.push_back(std::move(stage));
     }
     half.norm_out = load_norm(weights, "conv_norm_out", in);
@@ -137,7 +140,7 @@ Vae::Half Vae::load_encoder(const Weights& weights) {
         Stage stage;
         for (int64_t j = 0; j < config_.layers_per_block; ++j, in = channels[i])
             stage.resnets.push_back(load_resnet(block.below(concat("resnets.", j, ".")), in, channels[i]));
-        if (i + 1 < channels.size()) stage.resample = load_conv(block, "downsamplers.0.conv", in, in, 3, 2);
+        if (i + 1 < channels.size()) stage.downsample = load_conv(block, "downsamplers.0.conv", in, in, 3, 2);
         half.blocks.push_back(std::move(stage));
     }
     load_middle(weights, half, in);
@@ -177,7 +180,7 @@ at::Tensor Vae::decode_raw(const at::Tensor& latents) const {
     x = run_middle(decoder_, decoder_.conv_in(x));
     for (const Stage& stage : decoder_.blocks) {
         for (const Resnet& resnet : stage.resnets) x = run_resnet(resnet, x);
-        if (stage.resample) x = (*stage.resample)(at::upsample_nearest2d(x, {x.size(2) * 2, x.size(3) * 2}));
+        if (stage.upsample) x = (*stage.upsample)(x);
     }
     return decoder_.conv_out(run_norm(decoder_.norm_out, x, true));
 }
@@ -202,7 +205,7 @@ at::Tensor Vae::encode(const at::Tensor& pixels, const at::Tensor& noise) const 
     x = encoder_.conv_in(x.to(placement_.dtype).contiguous(at::MemoryFormat::ChannelsLast));
     for (const Stage& stage : encoder_.blocks) {
         for (const Resnet& resnet : stage.resnets) x = run_resnet(resnet, x);
-        if (stage.resample) x = (*stage.resample)(at::constant_pad_nd(x, {0, 1, 0, 1}));
+        if (stage.downsample) x = (*stage.downsample)(at::constant_pad_nd(x, {0, 1, 0, 1}));
     }
     x = encoder_.conv_out(run_norm(encoder_.norm_out, run_middle(encoder_, x), true));
     if (quant_conv_) x = (*quant_conv_)(x);

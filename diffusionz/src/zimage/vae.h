@@ -10,6 +10,7 @@
 #include "core/weights.h"
 #include "ops/conv2d.h"
 #include "ops/linear.h"
+#include "ops/upsample_conv2d.h"
 
 namespace diffusionz {
 
@@ -66,7 +67,9 @@ private:
     };
     struct Stage {
         std::vector<Resnet> resnets;
-        std::optional<Conv2d> resample;  // after the resnets
+        // After the resnets, but for the last stage: the decoder's or the encoder's.
+        std::optional<UpsampleConv2d> upsample;
+        std::optional<Conv2d> downsample;
     };
     struct Half {  // an encoder or a decoder
         Conv2d conv_in, conv_out;

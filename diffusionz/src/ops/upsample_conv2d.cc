@@ -1,0 +1,61 @@
+// Three rows of the upsampled picture are two rows of the small one: an even output row reads (above, here, here), an odd one (here, here, below).
+// So each of the four kinds of output pixel is a 2x2 convolution of the small picture, whose weights are sums of the 3x3 ones: 16 products a
+// small pixel instead of 36, and the upsampled picture is never written.
+//
+// Numbers: exact but for the order of sums; the weights are added in float64 and rounded once.
+// Where: on the CPU in float32, where products are what a decoder's time goes to. Elsewhere the reference.
+// Reference: at::upsample_nearest2d and at::conv2d (DIFFUSIONZ_DISABLE_KERNELS=upsample_conv2d).
+
+#include "ops/upsample_conv2d.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+#include "ops/disabled.h"
+
+namespace diffusionz {
+namespace {
+
+// The two weights along `dim` (of size 3) for output rows of parity `odd`.
+at::Tensor fold(const at::Tensor& weight, int64_t dim, int64_t odd) {
+    const auto w = weight.unbind(dim);
+    return odd ? at::stack({w[0] + w[1], w[2]}, dim) : at::stack({w[0], w[1] + w[2]}, dim);
+}
+
+}  // namespace
+
+UpsampleConv2d::UpsampleConv2d(const at::Tensor& weight, at::Tensor bias)
+    : split_(weight.is_cpu() && weight.scalar_type() == at::kFloat && !kernel_disabled("upsample_conv2d")) {
+    if (!split_) {
+        whole_ = Conv2d(weight, std::move(bias), /*stride=*/1, /*padding=*/1);
+        return;
+    }
+    const at::Tensor wide = weight.to(at::kDouble);
+    for (int64_t part = 0; part < 4; ++part) {
+        parts_[static_cast<size_t>(part)] = Conv2d(fold(fold(wide, 2, part / 2), 3, part % 2).to(at::kFloat), bias);
+    }
+}
+
+at::Tensor UpsampleConv2d::operator()(const at::Tensor& x) const {
+    const int64_t height = x.size(2), width = x.size(3);
+    if (!split_) return whole_(at::upsample_nearest2d(x, {2 * height, 2 * width}));
+    const at::Tensor padded = at::constant_pad_nd(x, {1, 1, 1, 1});
+    at::Tensor out;
+    for (int64_t part = 0; part < 4; ++part) {
+        const int64_t a = part / 2, b = part % 2;
+        const at::Tensor y = parts_[static_cast<size_t>(part)](padded.narrow(2, a, height + 1).narrow(3, b, width + 1));
+        if (!out.defined()) {
+            out = at::empty({y.size(0), y.size(1), 2 * height, 2 * width}, y.options().memory_format(at::MemoryFormat::ChannelsLast));
+        }
+        out.slice(2, a, 2 * height, 2).slice(3, b, 2 * width, 2).copy_(y);
+    }
+    return out;
+}
+
+size_t UpsampleConv2d::nbytes() const {
+    size_t total = whole_.nbytes();
+    for (const Conv2d& part : parts_) total += part.nbytes();
+    return total;
+}
+
+}  // namespace diffusionz

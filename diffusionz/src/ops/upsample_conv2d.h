@@ -1,0 +1,27 @@
+// Nearest-neighbour upsampling by two, then a 3x3 convolution: what a decoder does between its levels.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+
+#include "ops/conv2d.h"
+
+namespace diffusionz {
+
+class UpsampleConv2d {
+public:
+    // weight [out, in, 3, 3]; bias [out].
+    UpsampleConv2d(const at::Tensor& weight, at::Tensor bias);
+
+    // x [batch, in, height, width] to [batch, out, 2 height, 2 width], channels-last.
+    at::Tensor operator()(const at::Tensor& x) const;
+    size_t nbytes() const;
+
+private:
+    bool split_ = false;
+    Conv2d whole_;                 // the reference's
+    std::array<Conv2d, 4> parts_;  // of the output pixels (2i + a, 2j + b), at 2a + b
+};
+
+}  // namespace diffusionz
