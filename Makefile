@@ -43,12 +43,12 @@ clean:
 
 # The programs of tests/ are built in the same folder as the package, so nothing is compiled twice.
 $(STAMPS)/package: $(SOURCES) $(STAMPS)/torch
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --no-build-isolation .
+	$(BIN)/pip install --no-build-isolation -C build.tool-args=-j$(JOBS) .
 	touch $@
 
 $(STAMPS)/tests-package: $(SOURCES) $(wildcard tests/*/*.c tests/*/*.cc) $(STAMPS)/torch
 	@$(call install_packages,$(TEST_PACKAGES))
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --no-build-isolation -C cmake.define.DIFFUSIONZ_TESTS=ON ".[test]"
+	$(BIN)/pip install --no-build-isolation -C build.tool-args=-j$(JOBS) -C cmake.define.DIFFUSIONZ_TESTS=ON ".[test]"
 	touch $@ $(STAMPS)/package
 
 $(STAMPS)/configured: CMakeLists.txt $(STAMPS)/torch

@@ -28,10 +28,10 @@ def probe() -> Callable[[str], pathlib.Path]:
 
 @pytest.fixture(scope="session")
 def demo_model() -> pathlib.Path:
-    """The bundled model's folder, as installed. DIFFUSIONZ_TEST_MODEL names another to test with."""
+    """The bundled model's folder, as installed."""
     from diffusionz.hub import locate
 
-    return pathlib.Path(os.environ.get("DIFFUSIONZ_TEST_MODEL") or locate("demo"))
+    return pathlib.Path(locate("demo"))
 
 
 @pytest.fixture(scope="session")
