@@ -15,8 +15,8 @@
 //                             [steps + 1, c, h, w]
 //   {"stage": "decode",      "latents": NAME unscaled, "out"}                         [n, 3, 8h, 8w] in [-1, 1]
 //   {"stage": "encode",      "image": NAME [h, w, 3], "noise": NAME, "out"}           scaled latents
-//   {"stage": "time",        "latents": NAME, "features": NAME, "repeats": N, "out"}  seconds of N transformer calls [N], after
-//   one to warm up
+//   {"stage": "time",        "latents": NAME, "features": NAME, "repeats": N, "refine": BOOL, "out"}  seconds of N transformer calls
+//                            [N], after one to warm up; "refine": the caption is embedded and refined in each, as the reference does
 //   {"stage": "time_decode", "latents": NAME, "repeats": N, "out"}                    seconds of N VAE decodes [N]
 #include <ATen/Functions.h>
 #include <c10/core/InferenceMode.h>
@@ -92,6 +92,10 @@ void run(const char* plan_path) {
             const at::Tensor caption = model.transformer().refine_caption(features, nullptr).expand({latents.size(0), -1, -1});
             const auto positions = model.transformer().positions(latents.size(2), latents.size(3), caption.size(1));
             const auto call = [&] {
+                if (stage.value("refine", false)) {
+                    const at::Tensor refined = model.transformer().refine_caption(features, nullptr).expand_as(caption);
+                    return model.transformer().forward(latents, stage.value("time", 0.5f), refined, positions, nullptr);
+                }
                 return model.transformer().forward(latents, stage.value("time", 0.5f), caption, positions, nullptr);
             };
             out = kind == "time" ? seconds_of(stage.at("repeats"), call) : call();
