@@ -1,13 +1,14 @@
 """Goal: on a CUDA device each precision draws the right picture.
 
-Method: the truth is the float32 picture of the CPU, whose parity with diffusers the other tests show. On CUDA ours and diffusers'
-pictures in the same precision are compared with it: ours may be off by at most twice what diffusers is. Without a CUDA device there is nothing to test.
+Method: the truth is the float32 picture of the CPU, whose parity with diffusers the other tests show. On CUDA ours and
+diffusers' pictures in the same precision are compared with it: ours may be off by at most twice what diffusers is.
 """
 
 import warnings
 
 import pytest
 import torch
+
 from tests.models import parity
 
 if not torch.cuda.is_available():
@@ -38,10 +39,13 @@ def test_a_picture_is_as_near_to_float32_as_the_reference_is(demo_model, truth, 
         pipe = ZImagePipeline.from_pretrained(demo_model, torch_dtype=getattr(torch, precision)).to("cuda")
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(SEED)
-    reference = pipe(PROMPT, width=SIZE, height=SIZE, num_inference_steps=STEPS, guidance_scale=0.0, generator=generator, output_type="np").images[0]
+    size = {"width": SIZE, "height": SIZE}
+    drawn = pipe(PROMPT, **size, num_inference_steps=STEPS, guidance_scale=0.0, generator=generator, output_type="np")
+    reference = drawn.images[0]
     reference_error = (torch.from_numpy(reference) * 255 - truth).abs().mean().item()
     error = (picture(demo_model, "cuda", precision).float() - truth).abs().mean().item()
-    print(f"{precision} on {torch.cuda.get_device_name()}: mean error {error:.3f}/255, the reference's {reference_error:.3f}/255")
+    device = torch.cuda.get_device_name()
+    print(f"{precision} on {device}: mean error {error:.3f}/255, the reference's {reference_error:.3f}/255")
     # Half a step of 8-bit rounding is not an error of the precision.
     assert error <= parity.LOW_PRECISION_RATIO * reference_error + 0.5
 
