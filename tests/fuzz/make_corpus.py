@@ -1,4 +1,4 @@
-"""Writes seeds for the fuzzers: make_corpus.py FOLDER makes FOLDER/tokenizer/, FOLDER/image/ and FOLDER/safetensors/."""
+"""Writes seeds for the fuzzers: make_corpus.py FOLDER makes FOLDER/tokenizer/, image/ and safetensors/."""
 
 import io
 import json
@@ -102,8 +102,10 @@ def safetensors_seeds():
     def tensor(dtype, shape, begin, end):
         return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
-    yield file({"a": tensor("F32", [2, 3], 0, 24), "b.c": tensor("BF16", [2], 24, 28), "__metadata__": {"k": "v"}}, bytes(28))
-    yield file({"scalar": tensor("F64", [], 0, 8), "empty": tensor("F16", [0, 4], 8, 8), "ids": tensor("I64", [1], 8, 16)}, bytes(16))
+    metadata = {"__metadata__": {"k": "v"}}
+    yield file({"a": tensor("F32", [2, 3], 0, 24), "b.c": tensor("BF16", [2], 24, 28)} | metadata, bytes(28))
+    odd = {"scalar": tensor("F64", [], 0, 8), "empty": tensor("F16", [0, 4], 8, 8), "ids": tensor("I64", [1], 8, 16)}
+    yield file(odd, bytes(16))
     # Lies: about its own length, a shape's product, offsets, two tensors in one place.
     yield file({"a": tensor("F32", [2**33, 2**33], 0, 24)}, bytes(24))
     yield file({"a": tensor("F32", [2], 0, 8), "b": tensor("F32", [2], 4, 12)}, bytes(12))
@@ -113,7 +115,8 @@ def safetensors_seeds():
 
 
 def main():
-    for name, seeds in (("tokenizer", tokenizer_seeds()), ("image", image_seeds()), ("safetensors", safetensors_seeds())):
+    corpus = {"tokenizer": tokenizer_seeds(), "image": image_seeds(), "safetensors": safetensors_seeds()}
+    for name, seeds in corpus.items():
         folder = pathlib.Path(sys.argv[1]) / name
         folder.mkdir(parents=True, exist_ok=True)
         for i, seed in enumerate(seeds):

@@ -1,7 +1,7 @@
 """Goal: no input crashes the readers of hostile files, or makes them read outside the input.
 
-Method: each fuzzer of this folder, built with AddressSanitizer and UndefinedBehaviorSanitizer, runs for a bounded time over the seeds
-of make_corpus.py. DIFFUSIONZ_FUZZ_SECONDS sets how long; the same seeds give the same inputs.
+Method: each fuzzer of this folder, built with AddressSanitizer and UndefinedBehaviorSanitizer, runs for a bounded time
+over the seeds of make_corpus.py. DIFFUSIONZ_FUZZ_SECONDS sets how long; the same seeds give the same inputs.
 """
 
 import os
