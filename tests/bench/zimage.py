@@ -92,18 +92,14 @@ class Bench:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def probe(self, model: pathlib.Path, stages: list[dict]) -> dict[str, numpy.ndarray]:
-        """stage_probe's outputs."""
+        """stage_probe's outputs, and its "peak_mib"."""
         from safetensors.numpy import load_file
 
         plan, out = self.scratch / "plan.json", self.scratch / "out.safetensors"
         inputs = str(model / "inputs.safetensors")
         plan.write_text(json.dumps({"model": str(model), "inputs": inputs, "outputs": str(out), "stages": stages}))
-        done = subprocess.run(
-            [ROOT / "build" / "tests" / "stage_probe", plan], env=self.environment, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        return load_file(out)
+        _, peak_mib = run_measured([ROOT / "build" / "tests" / "stage_probe", plan], self.environment)
+        return load_file(out) | {"peak_mib": numpy.array(peak_mib)}
 
 
 class Server:
@@ -132,9 +128,30 @@ class Server:
         self.run(job | {"save": str(scratch / "result.npy")})
         return numpy.load(scratch / "result.npy")
 
+    def peak_mib(self) -> float:
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+def run_measured(command: list[object], environment: dict[str, str]) -> tuple[float, float]:
+    """(seconds from the start to the end of a process, its peak memory in MiB). This process has no torch in it: a
+    child's peak counts what its parent held when it was started."""
+    with tempfile.TemporaryFile("w+") as errors:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [str(part) for part in command], env=environment, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{command[0]} left with {process.returncode}: {errors.read()[-2000:]}")
+    return seconds, usage.ru_maxrss / 1024
 
 
 def check_pixels(ours: numpy.ndarray, peer: numpy.ndarray) -> None:
@@ -179,8 +196,9 @@ def transformer(bench: Bench) -> None:
     work = {"latents": "latents", "features": "features", "time": 0.5}
     rounds, calls = (1, 1) if bench.args.quick else (bench.args.repeats or 5, 3)
     peer, job = bench.server("diffusers", model), {"work": "transformer"} | work
-    ours = bench.probe(model, [{"stage": "transformer", "out": "out"} | work])["out"]
-    check_stage("one transformer call", ours, peer.result(job, bench.scratch))
+    ours = bench.probe(model, [work | {"stage": "transformer", "out": "out"}])
+    check_stage("one transformer call", ours["out"], peer.result(job, bench.scratch))
+    memory = [float(ours["peak_mib"])], [peer.peak_mib()]  # of a process that loads the model and calls it once
     refined, once, theirs = [], [], []
     for _ in range(rounds):
         stage = work | {"stage": "time", "repeats": calls}
@@ -190,6 +208,7 @@ def transformer(bench: Bench) -> None:
         theirs += [peer.run(job) for _ in range(calls)]
     bench.report(Comparison("transformer call, caption refined in it", size, refined, theirs, goal=0.85))
     bench.report(Comparison("transformer call, caption refined once", size, once, theirs, goal=0.85))
+    bench.report(Comparison("peak memory of a process, one transformer call", size, *memory, goal=0.7, unit="MiB"))
 
 
 def decode(bench: Bench) -> None:
@@ -216,26 +235,11 @@ DIFFUSERS_SCRIPT = f"""
 import sys, torch
 from diffusers import ZImagePipeline
 model, out, side, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-pipe = ZImagePipeline.from_pretrained(model)
+pipe = ZImagePipeline.from_pretrained(model, dtype=torch.float32)
 generator = torch.Generator("cpu").manual_seed(7)
 options = {{"num_inference_steps": steps, "guidance_scale": 0.0, "generator": generator}}
 pipe({PROMPT!r}, width=side, height=side, **options).images[0].save(out)
 """
-
-
-def run_measured(command: list[object], environment: dict[str, str]) -> tuple[float, float]:
-    """(seconds from the start to the end of a process, its peak memory in MiB). This process has no torch in it: a
-    child's peak counts what its parent held when it was started."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        [str(part) for part in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command[:3]} left with {process.returncode}")
-    return seconds, usage.ru_maxrss / 1024
 
 
 def cli(bench: Bench) -> None:
