@@ -17,6 +17,7 @@
  *         FILE *file = result.error_code ? NULL : fopen(argv[3], "wb");
  *         int written = file && fwrite(result.image_data, 1, (size_t)result.image_len, file) == (size_t)result.image_len;
  *         if (file && fclose(file)) written = 0;
+ *         if (!result.error_code && !written) perror(argv[3]);
  *         diffusionz_free_result(&result);
  *         diffusionz_free(ctx);
  *         return written ? 0 : 1;
@@ -26,7 +27,9 @@
  *   diffusionz_free_result, a task with diffusionz_task_free, a `char *` with diffusionz_free_string. A `const char *`
  *   that a function returns is borrowed, and its comment says until when. Nothing that a caller passes in is kept.
  * Threads. Every function may be called from any thread. Calls on one context queue in the order of their arrival;
- *   calls on different contexts run side by side, and contexts of one model share its weights.
+ *   calls on different contexts run side by side, and contexts of one model share its weights. On the CPU a call works on
+ *   several threads, which spin while they wait for each other: on a machine that is busy with other things, set
+ *   OMP_WAIT_POLICY=PASSIVE in the environment before the library is loaded.
  * Errors. A call that can fail returns a status, and diffusionz_last_error() says on the same thread what was wrong,
  *   the value, and what is allowed. No C++ exception and no abort crosses this boundary.
  * Growth. Statuses and enum values are added, never renumbered. A struct that can grow begins with `struct_size`,

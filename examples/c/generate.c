@@ -21,6 +21,7 @@ int main(int argc, char **argv) {
     FILE *file = result.error_code ? NULL : fopen(argv[3], "wb");
     int written = file && fwrite(result.image_data, 1, (size_t)result.image_len, file) == (size_t)result.image_len;
     if (file && fclose(file)) written = 0;
+    if (!result.error_code && !written) perror(argv[3]);
     diffusionz_free_result(&result);
     diffusionz_free(ctx);
     return written ? 0 : 1;

@@ -189,7 +189,7 @@ class ZImage:
                     f"init_image is {init_width}x{init_height} and the picture {width}x{height}; they must be equal"
                 )
         if width is None or height is None:
-            side = self._default_side()
+            side = int(self.info["size"]["default"])
             width = side if width is None else width
             height = side if height is None else height
         requests = _Requests(len(texts))
@@ -238,18 +238,6 @@ class ZImage:
             Image(rgb, width, height, seed=seed + i, timings=timings, metadata_json=metadata)
             for i, (rgb, width, height, metadata) in enumerate(drawn)
         ]
-
-    def _default_side(self) -> int:
-        """Pixels of a side when none is asked for: what the model was made for, which its VAE's config says."""
-        import json
-
-        try:
-            with open(os.path.join(self.path, "vae", "config.json"), encoding="utf-8") as file:
-                side = int(json.load(file)["sample_size"])
-        except (OSError, ValueError, KeyError, TypeError):
-            side = 1024  # Z-Image's
-        multiple = int(self.info["size"]["multiple"])
-        return max(multiple, side // multiple * multiple)
 
     # --- LoRA ---
 

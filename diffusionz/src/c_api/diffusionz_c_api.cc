@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -55,6 +56,15 @@ at::ScalarType dtype_of(int32_t precision, at::Device device) {
             return at::kBFloat16;
     }
     fail(DIFFUSIONZ_E_ARGUMENT, "precision is ", precision, "; it must be DIFFUSIONZ_PRECISION_* (0 to 2)");
+}
+
+// CPU threads that somebody asked for; 0 is nobody.
+std::atomic<int32_t> threads_wanted{0};
+
+// OpenMP keeps the number of threads by the thread that calls, so each call brings it along.
+void apply_threads() {
+    const int32_t wanted = threads_wanted;
+    if (wanted > 0 && at::get_num_threads() != wanted) at::set_num_threads(wanted);
 }
 
 char* copy_string(const std::string& text) {
@@ -179,7 +189,8 @@ int32_t diffusionz_init_with_options(const char* model_path, const DiffusionZIni
             fail(DIFFUSIONZ_E_ARGUMENT, "cuda_graphs is ", options->cuda_graphs, "; it must be 0 or 1");
         const at::Device device = find_device(options->device_id);
         const Placement placement{device, dtype_of(options->precision, device)};
-        if (options->num_threads > 0) at::set_num_threads(options->num_threads);
+        if (options->num_threads > 0) threads_wanted = options->num_threads;
+        apply_threads();
         *out = new DiffusionZContext(model_path, placement);
     });
 }
@@ -262,6 +273,7 @@ int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZReques
             ctx->engine.check(requests[i]);
         }
         watched.begin(count);
+        apply_threads();
         // However the call ends, its task is over.
         const std::unique_ptr<Task, void (*)(Task*)> done(&watched, [](Task* t) { t->enter(DIFFUSIONZ_STAGE_DONE); });
         const auto pictures = ctx->engine.generate({requests, requests + count}, watched);

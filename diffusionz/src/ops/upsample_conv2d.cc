@@ -1,6 +1,6 @@
-// Three rows of the upsampled picture are two rows of the small one: an even output row reads (above, here, here), an odd one (here, here, below).
-// So each of the four kinds of output pixel is a 2x2 convolution of the small picture, whose weights are sums of the 3x3 ones: 16 products a
-// small pixel instead of 36, and the upsampled picture is never written.
+// Three rows of the upsampled picture are two rows of the small one: an even output row reads (above, here, here), an odd one
+// (here, here, below). So each of the four kinds of output pixel is a 2x2 convolution of the small picture, whose weights are
+// sums of the 3x3 ones: 16 products a small pixel instead of 36, and the upsampled picture is never written.
 //
 // Numbers: exact but for the order of sums; the weights are added in float64 and rounded once.
 // Where: on the CPU in float32, where products are what a decoder's time goes to. Elsewhere the reference.
@@ -45,7 +45,8 @@ at::Tensor UpsampleConv2d::operator()(const at::Tensor& x) const {
         const int64_t a = part / 2, b = part % 2;
         const at::Tensor y = parts_[static_cast<size_t>(part)](padded.narrow(2, a, height + 1).narrow(3, b, width + 1));
         if (!out.defined()) {
-            out = at::empty({y.size(0), y.size(1), 2 * height, 2 * width}, y.options().memory_format(at::MemoryFormat::ChannelsLast));
+            out = at::empty({y.size(0), y.size(1), 2 * height, 2 * width},
+                            y.options().memory_format(at::MemoryFormat::ChannelsLast));
         }
         out.slice(2, a, 2 * height, 2).slice(3, b, 2 * width, 2).copy_(y);
     }

@@ -7,6 +7,7 @@
 #include "ops/attention.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/silu_gate.h"
 
 namespace diffusionz {
 
@@ -116,8 +117,7 @@ at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
         const at::Tensor k =
             rope_halves(rms_norm(qkv[1].unflatten(-1, {kv_heads, d}), layer.k_norm, config_.rms_norm_eps), cos, sin);
         x = x + layer.out(attention(q, k, qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/true));
-        const auto gate_up = layer.gate_up(rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps)).chunk(2, -1);
-        x = x + layer.down(at::silu(gate_up[0]) * gate_up[1]);
+        x = x + layer.down(silu_gate(layer.gate_up(rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps))));
     }
     return x.squeeze(0);
 }

@@ -10,6 +10,7 @@
 #include "ops/attention.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/silu_gate.h"
 
 namespace diffusionz {
 namespace {
@@ -129,12 +130,17 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
 
 Transformer::Block Transformer::load_block(const Weights& weights, bool modulated) const {
     const int64_t dim = config_.dim, ffn = config_.ffn_dim(), d = config_.head_dim(), kv = config_.num_kv_heads * d;
+    // The mapped pages are let go as soon as their copy is there: the last layer's would stand on top of the whole model.
+    const auto fused = [&](std::initializer_list<at::Tensor> parts) {
+        const at::Tensor whole = at::cat(parts);
+        weights.checkpoint().release_pages();
+        return Linear(whole);
+    };
     Block block;
-    block.qkv = Linear(at::cat({weights.get("attention.to_q.weight", {dim, dim}), weights.get("attention.to_k.weight", {kv, dim}),
-                                weights.get("attention.to_v.weight", {kv, dim})}));
+    block.qkv = fused({weights.get("attention.to_q.weight", {dim, dim}), weights.get("attention.to_k.weight", {kv, dim}),
+                       weights.get("attention.to_v.weight", {kv, dim})});
     block.out = Linear(weights.get("attention.to_out.0.weight", {dim, dim}));
-    block.w13 =
-        Linear(at::cat({weights.get("feed_forward.w1.weight", {ffn, dim}), weights.get("feed_forward.w3.weight", {ffn, dim})}));
+    block.w13 = fused({weights.get("feed_forward.w1.weight", {ffn, dim}), weights.get("feed_forward.w3.weight", {ffn, dim})});
     block.w2 = Linear(weights.get("feed_forward.w2.weight", {dim, ffn}));
     block.attention_norm1 = weights.get("attention_norm1.weight", {dim});
     block.attention_norm2 = weights.get("attention_norm2.weight", {dim});
@@ -198,8 +204,8 @@ at::Tensor Transformer::run_block(const Block& block, const at::Tensor& x, const
     at::Tensor y = x.narrow(1, 0, keep) +
                    modulated(rms_norm(block.out(attended, lora), block.attention_norm2, config_.norm_eps), gate_attention);
 
-    const auto gate_up = block.w13(modulated(rms_norm(y, block.ffn_norm1, config_.norm_eps), scale_ffn), lora).chunk(2, -1);
-    const at::Tensor down = block.w2(at::silu(gate_up[0]).mul_(gate_up[1]), lora);
+    const at::Tensor gated = silu_gate(block.w13(modulated(rms_norm(y, block.ffn_norm1, config_.norm_eps), scale_ffn), lora));
+    const at::Tensor down = block.w2(gated, lora);
     return y.add_(modulated(rms_norm(down, block.ffn_norm2, config_.norm_eps), gate_ffn));
 }
 
