@@ -194,7 +194,8 @@ def test_the_reader_may_leave(tiny_model: pathlib.Path) -> None:
 
 def test_an_interrupt_stops_it_in_one_line(tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     process = subprocess.Popen(
-        [PROGRAM, "generate", "x", "-o", "out.png", "--model", tiny_model, "--device", "cpu", "--steps", "1000"],
+        [PROGRAM, "generate", "x", "-o", "out.png", "--model", tiny_model, "--device", "cpu", "--steps", "1000",
+         "--count", "500"],  # minutes of work, on any machine
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     time.sleep(3)
