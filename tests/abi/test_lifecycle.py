@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -56,3 +57,27 @@ def test_no_call_leaks(compile_c: Callable[..., pathlib.Path], tiny_model: pathl
     assert three[0] <= one[0]
     # Still reachable: caches keyed by shape may add a little, a picture or a context may not.
     assert three[1] - one[1] < 4096
+
+
+def test_out_of_memory_is_a_status_and_the_context_stays_usable(tiny_model: pathlib.Path) -> None:
+    """A process whose address space is all but full asks for a picture that does not fit, then for one that does."""
+    code = """
+import resource, sys
+import diffusionz
+model = diffusionz.ZImage(sys.argv[1], device="cpu", threads=1)
+draw = lambda side: model.generate("x", width=side, height=side, steps=1, seed=1, progress=False).pixels.sum()
+before = draw(64)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (taken + 100 * 2**20, hard))
+try:
+    draw(1024)
+except diffusionz.OutOfMemoryError as error:
+    print(error)
+else:
+    sys.exit("a picture of 1024 x 1024 was drawn in 100 MiB")
+assert draw(64) == before
+"""
+    done = subprocess.run([sys.executable, "-c", code, tiny_model], env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, done.stdout

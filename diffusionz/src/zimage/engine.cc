@@ -8,6 +8,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "core/device.h"
 #include "core/error.h"
 
 namespace diffusionz {
@@ -74,6 +75,16 @@ void Engine::check(const DiffusionZRequest& request) const {
         fail(DIFFUSIONZ_E_ARGUMENT, "format is ", request.format, "; it must be DIFFUSIONZ_FORMAT_* (0 to 3)");
     if (request.quality < 0 || request.quality > 100)
         fail(DIFFUSIONZ_E_ARGUMENT, "quality is ", request.quality, "; it must be from 0 to 100");
+    if (model_->placement().device.is_cpu()) {
+        // The kernel promises memory that it does not have and ends the process that uses it: so it is asked before.
+        DiffusionZDeviceInfo host{};
+        describe_device(-1, host);
+        const int64_t needed = model_->vae().decode_nbytes(request.height, request.width);
+        if (needed > host.memory_free_bytes) {
+            fail(DIFFUSIONZ_E_OUT_OF_MEMORY, "a picture of ", request.width, " x ", request.height, " needs about ", needed >> 20,
+                 " MiB to decode; the host has ", host.memory_free_bytes >> 20, " MiB free");
+        }
+    }
     // Also finds text that is no UTF-8.
     model_->tokenizer().encode(request.prompt, kPromptTokensMax);
     if (request.negative_prompt) model_->tokenizer().encode(request.negative_prompt, kPromptTokensMax);

@@ -1,8 +1,9 @@
 #include "zimage/vae.h"
 
 #include <ATen/Functions.h>
-#include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>
+
+#include <algorithm>
 
 #include "core/error.h"
 #include "ops/attention.h"
@@ -120,7 +121,8 @@ Vae::Half Vae::load_decoder(const Weights& weights) {
         for (int64_t j = 0; j <= config_.layers_per_block; ++j, in = channels[i])
             stage.resnets.push_back(load_resnet(block.below(concat("resnets.", j, ".")), in, channels[i]));
         if (i + 1 < channels.size()) {
-            stage.upsample.emplace(block.get("upsamplers.0.conv.weight", {in, in, 3, 3}), block.get("upsamplers.0.conv.bias", {in}));
+            stage.upsample.emplace(block.get("upsamplers.0.conv.weight", {in, in, 3, 3}),
+                                   block.get("upsamplers.0.conv.bias", {in}));
             nbytes_ += stage.upsample->nbytes();
         }
         half.blocks.push_back(std::move(stage));
@@ -183,6 +185,14 @@ at::Tensor Vae::decode_raw(const at::Tensor& latents) const {
         if (stage.upsample) x = (*stage.upsample)(x);
     }
     return decoder_.conv_out(run_norm(decoder_.norm_out, x, true));
+}
+
+int64_t Vae::decode_nbytes(int64_t height, int64_t width) const {
+    const auto& channels = config_.block_out_channels;
+    const int64_t widest = channels.size() > 1 ? std::max(channels[0], channels[1]) : channels[0];
+    constexpr int64_t kTensorsAtOnce =
+        3;  // a residual block holds its input, the normalised input and what a convolution makes of it
+    return kTensorsAtOnce * height * width * widest * static_cast<int64_t>(c10::elementSize(placement_.dtype));
 }
 
 at::Tensor Vae::decode(const at::Tensor& latents) const {

@@ -40,6 +40,8 @@ public:
 
     // latents [batch, channels, h, w] as the transformer sees them (scaled) to pixels uint8 [batch, 8h, 8w, 3] on the host.
     at::Tensor decode(const at::Tensor& latents) const;
+    // Bytes that decoding a picture of height x width pixels needs at once, about: the activations of its last and largest stage.
+    int64_t decode_nbytes(int64_t height, int64_t width) const;
     // The decoder alone: unscaled latents to [batch, 3, 8h, 8w] in [-1, 1], unclamped.
     at::Tensor decode_raw(const at::Tensor& latents) const;
 
