@@ -4,6 +4,7 @@ Method: adapters with random weights are made with PEFT, saved by PEFT and diffu
 name them; diffusers' load_lora_weights on the same random model says what each step's latents must be.
 """
 
+import os
 import warnings
 
 import pytest
@@ -255,6 +256,33 @@ def test_an_adapter_of_one_call_comes_on_top_and_goes_with_it(model, engine, ada
     parity.assert_same_pixels(torch.from_numpy(image.pixels.copy()), expected)
     assert differ(loaded, expected) > 0.05
     assert torch.equal(draw(engine, REQUEST), loaded)
+
+
+def test_a_file_that_was_written_again_is_read_again(engine, adapters, tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    size = {name: REQUEST[name] for name in ("width", "height", "steps", "seed")}
+
+    def pictures():
+        """With the adapter of one call, and loaded."""
+        once = engine.generate(SHORT, lora=file, **size).pixels.copy()
+        engine.load_lora(file)
+        loaded = engine.generate(SHORT, **size).pixels.copy()
+        return torch.from_numpy(once), torch.from_numpy(loaded)
+
+    drawn = []
+    for i, adapter in enumerate(adapters):
+        file.write_bytes(adapter.read_bytes())
+        os.utime(file, (i + 1, i + 1))
+        engine.unload_lora()
+        fresh = pictures()
+        assert torch.equal(*fresh)
+        drawn.append(fresh[0])
+    assert differ(*drawn) > 0.01
+    # And without an unload in between.
+    file.write_bytes(adapters[0].read_bytes())
+    os.utime(file, (9, 9))
+    engine.load_lora(file)
+    assert torch.equal(torch.from_numpy(engine.generate(SHORT, **size).pixels.copy()), drawn[0])
 
 
 def test_unloading_restores_the_base_model_bit_for_bit(engine, adapters):

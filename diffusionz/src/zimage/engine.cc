@@ -195,7 +195,8 @@ std::optional<LoraPairs> Engine::lora_pairs(const DiffusionZRequest& request) {
     LoraPairs pairs;
     for (const LoadedLora& lora : loras_) lora.adapter->add_to(pairs, lora.weight);
     if (request.lora_path) {
-        if (!call_lora_ || call_lora_->path() != request.lora_path) call_lora_ = read_lora(request.lora_path);
+        const bool same = call_lora_ && call_lora_->path() == request.lora_path && call_lora_->is_current();
+        if (!same) call_lora_ = read_lora(request.lora_path);
         call_lora_->add_to(pairs, request.lora_weight);
     } else {
         call_lora_.reset();
@@ -211,6 +212,7 @@ void Engine::load_lora(const std::filesystem::path& path, double weight) {
     const c10::InferenceMode inference;
     for (LoadedLora& lora : loras_) {
         if (lora.adapter->path() == path) {
+            if (!lora.adapter->is_current()) lora.adapter = read_lora(path);
             lora.weight = weight;
             return;
         }

@@ -35,9 +35,8 @@ std::string flatten(std::string module) {
 
 // What a key of the file is for; false when it is none of a LoRA's.
 bool parse_key(std::string name, Key& key) {
-    for (const std::string infix : {"default."}) {  // PEFT's adapter name
-        for (size_t at = name.find(infix); at != std::string::npos; at = name.find(infix)) name.erase(at, infix.size());
-    }
+    const std::string adapter = "default.";  // PEFT's name for the only one
+    for (size_t at = name.find(adapter); at != std::string::npos; at = name.find(adapter)) name.erase(at, adapter.size());
     for (const std::string prefix :
          {"base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_", "lycoris_", "unet."}) {
         if (name.rfind(prefix, 0) == 0) name.erase(0, prefix.size());
@@ -56,8 +55,8 @@ bool parse_key(std::string name, Key& key) {
     return false;
 }
 
-// PEFT's config, which has the lora_alpha that its files lack: diffusers keeps it as JSON in the header's metadata, PEFT in a file
-// beside. Without it alpha is the rank.
+// PEFT's config, which has the lora_alpha that its files lack: diffusers keeps it as JSON in the header's metadata, PEFT in a
+// file beside. Without it alpha is the rank.
 class PeftScale {
 public:
     PeftScale(const std::filesystem::path& path, const std::map<std::string, std::string>& metadata) {
@@ -116,6 +115,7 @@ private:
 LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& transformer, const Placement& placement)
     : path_(path) {
     const auto file = std::make_shared<const Checkpoint>(Checkpoint::from_file(path, "", DIFFUSIONZ_E_LORA));
+    written_ = std::filesystem::last_write_time(path);
     std::map<std::string, Transformer::Target> targets;
     for (const auto& [name, target] : transformer.lora_targets()) targets[flatten(name)] = target;
 
@@ -181,6 +181,11 @@ LoraAdapter::LoraAdapter(const std::filesystem::path& path, const Transformer& t
         nbytes_ += pair.down.nbytes() + pair.up.nbytes();
         pairs_.emplace_back(target.linear, std::move(pair));
     }
+}
+
+bool LoraAdapter::is_current() const {
+    std::error_code error;
+    return std::filesystem::last_write_time(path_, error) == written_ && !error;
 }
 
 void LoraAdapter::add_to(LoraPairs& pairs, double weight) const {

@@ -16,12 +16,15 @@ public:
     LoraAdapter(const std::filesystem::path& path, const Transformer& transformer, const Placement& placement);
 
     const std::filesystem::path& path() const { return path_; }
+    // False once the file was written again, or is gone.
+    bool is_current() const;
     size_t nbytes() const { return nbytes_; }
     // Adds its corrections, times `weight`, to `pairs`.
     void add_to(LoraPairs& pairs, double weight) const;
 
 private:
     std::filesystem::path path_;
+    std::filesystem::file_time_type written_;
     std::vector<std::pair<const Linear*, LoraPair>> pairs_;
     size_t nbytes_ = 0;
 };
