@@ -198,10 +198,13 @@ def test_an_interrupt_stops_it_in_one_line(tiny_model: pathlib.Path, tmp_path: p
          "--count", "500"],  # minutes of work, on any machine
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    start = time.monotonic()
-    out, err = process.communicate(timeout=60)
+    try:
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # quiet when it has ended; else it would draw on for minutes
     assert time.monotonic() - start < 10
     assert (process.returncode, out, err) == (130, "", "diffusionz: stopped\n")
     assert os.listdir(tmp_path) == []
