@@ -1,4 +1,4 @@
-# What is installed: the library, its header, a CMake package and a pkg-config file, under one prefix that can be moved.
+# What is installed: the library, its headers, a CMake package and a pkg-config file, under one prefix that can be moved.
 # For C and C++ the prefix is the user's (cmake --install build --prefix DIR); for Python it is the package's folder.
 include(CMakePackageConfigHelpers)
 set(lib_dir lib)
@@ -14,7 +14,7 @@ if(SKBUILD)
 endif()
 
 install(TARGETS diffusionz EXPORT diffusionz LIBRARY DESTINATION ${lib_dir} COMPONENT library)
-install(FILES ${PROJECT_SOURCE_DIR}/diffusionz/include/diffusionz_c_api.h DESTINATION ${include_dir} COMPONENT library)
+install(DIRECTORY ${PROJECT_SOURCE_DIR}/diffusionz/include/ DESTINATION ${include_dir} COMPONENT library)
 
 install(EXPORT diffusionz NAMESPACE diffusionz:: FILE diffusionzTargets.cmake DESTINATION ${package_dir} COMPONENT library)
 configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/diffusionzConfig.cmake.in

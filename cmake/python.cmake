@@ -1,15 +1,15 @@
-# The Python binding: a cffi extension generated from the header, installed beside the Python sources.
+# The Python binding: a cffi extension generated from the headers, installed beside the Python sources.
 # Only where scikit-build-core builds the package: a build for C needs no cffi.
 if(NOT SKBUILD)
   return()
 endif()
 
-set(header ${PROJECT_SOURCE_DIR}/diffusionz/include/diffusionz_c_api.h)
+set(headers ${PROJECT_SOURCE_DIR}/diffusionz/include/diffusionz_c_api.h ${PROJECT_SOURCE_DIR}/diffusionz/include/chronos_c_api.h)
 set(binding ${PROJECT_BINARY_DIR}/_diffusionz.c)
 add_custom_command(OUTPUT ${binding}
-  COMMAND ${Python3_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/make_binding.py ${header} ${binding}
-  DEPENDS ${header} ${PROJECT_SOURCE_DIR}/cmake/make_binding.py
-  COMMENT "Generating the Python binding from diffusionz_c_api.h" VERBATIM)
+  COMMAND ${Python3_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/make_binding.py ${headers} ${binding}
+  DEPENDS ${headers} ${PROJECT_SOURCE_DIR}/cmake/make_binding.py
+  COMMENT "Generating the Python binding from the C headers" VERBATIM)
 add_library(diffusionz_python MODULE ${binding})
 target_include_directories(diffusionz_python PRIVATE ${Python3_INCLUDE_DIRS})
 target_link_libraries(diffusionz_python PRIVATE diffusionz)

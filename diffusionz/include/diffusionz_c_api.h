@@ -90,7 +90,8 @@ enum {
     DIFFUSIONZ_STAGE_TEXT = 2,   /* tokenizer and text encoder (and the VAE's encoder, image to image) */
     DIFFUSIONZ_STAGE_DENOISE = 3,
     DIFFUSIONZ_STAGE_DECODE = 4, /* VAE and picture encoding */
-    DIFFUSIONZ_STAGE_DONE = 5    /* the call has returned or is about to, well or badly */
+    DIFFUSIONZ_STAGE_DONE = 5,   /* the call has returned or is about to, well or badly */
+    DIFFUSIONZ_STAGE_FORECAST = 6 /* a forecast's rows (chronos_c_api.h) */
 };
 
 /* A loaded model on a device, with its LoRA adapters and its queue. */
@@ -154,7 +155,7 @@ typedef struct {
 typedef struct {
     uint32_t struct_size; /* set by the caller to sizeof(DiffusionZProgress) */
     int32_t stage;        /* DIFFUSIONZ_STAGE_* */
-    int32_t step;         /* transformer steps done, over all pictures of the call */
+    int32_t step;         /* transformer steps done, over all pictures of the call; rows done of a forecast */
     int32_t step_count;   /* 0 until it is known */
     int32_t image;        /* pictures finished */
     int32_t image_count;
@@ -162,6 +163,7 @@ typedef struct {
     float text_ms;
     float denoise_ms;
     float decode_ms;
+    float forecast_ms;
 } DiffusionZProgress;
 
 typedef struct {
@@ -245,7 +247,7 @@ DIFFUSIONZ_API void diffusionz_request_init(DiffusionZRequest *request);
 DIFFUSIONZ_API int32_t diffusionz_generate_batch(DiffusionZContext *ctx, const DiffusionZRequest *requests, int32_t count,
                                                  DiffusionZTask *task, DiffusionZResult *results);
 
-/* A task serves one diffusionz_generate_batch call; a second use of it is E_ARGUMENT. NULL when memory is out. */
+/* A task serves one call (diffusionz_generate_batch, chronos_forecast, chronos_embed); a second use of it is E_ARGUMENT. NULL when memory is out. */
 DIFFUSIONZ_API DiffusionZTask *diffusionz_task_new(void);
 
 /* Asks the task's call to stop, before or while it runs: it returns E_CANCELLED within one transformer step. Never lost:
