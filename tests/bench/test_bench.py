@@ -55,6 +55,8 @@ def test_kept_rows_are_whole_and_say_no_host_name():
     import socket
 
     for path in record.RESULTS.glob("*.csv"):
+        if path.name == "forecast-quality.csv":  # of no machine, and read by tests/models/test_chronos_demo.py
+            continue
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert rows and all(set(row) == set(record.COLUMNS) and None not in row.values() for row in rows), path
