@@ -36,7 +36,7 @@ Forecaster = Callable[[list[Window]], list[np.ndarray]]  # [levels, horizon] at 
 # they need; where a fit fails or its forecast is not finite, seasonal naive stands in.
 ETS_HISTORY = 1000  # observations, as fev gives them
 ARIMA_HISTORY = 500
-ARIMA_SEASON = 12  # longer seasons are left to seasonal naive: one fit takes minutes
+ARIMA_SEASON = 24  # observations; longer ones are left to seasonal naive: a fit takes minutes
 
 
 INTERVALS = [20, 40, 60, 80]  # percent: with the centre, statsforecast's way to say LEVELS

