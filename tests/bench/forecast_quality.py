@@ -42,7 +42,7 @@ ARIMA_SEASON = 24  # observations; longer ones are left to seasonal naive: a fit
 INTERVALS = [20, 40, 60, 80]  # percent: with the centre, statsforecast's way to say LEVELS
 
 
-def _statistical(windows: list[Window], fit: Callable[[Window, np.ndarray], dict[str, np.ndarray]]) -> list[np.ndarray]:
+def statistical(windows: list[Window], fit: Callable[[Window, np.ndarray], dict[str, np.ndarray]]) -> list[np.ndarray]:
     """`fit` returns what a statsforecast model's `forecast` does at INTERVALS."""
     forecasts = []
     for window, naive in zip(windows, forecast_metrics.seasonal_naive(windows), strict=True):
@@ -71,7 +71,7 @@ def auto_ets(windows: list[Window]) -> list[np.ndarray]:
         model = AutoETS(season_length=window.season)  # without a season where it is longer than 24
         return model.forecast(history[-ETS_HISTORY:], len(window.future), level=INTERVALS)
 
-    return _statistical(windows, fit)
+    return statistical(windows, fit)
 
 
 def auto_arima(windows: list[Window]) -> list[np.ndarray]:
@@ -83,7 +83,7 @@ def auto_arima(windows: list[Window]) -> list[np.ndarray]:
             model = AutoARIMA(season_length=window.season, approximation=True)
         return model.forecast(history[-ARIMA_HISTORY:], len(window.future), level=INTERVALS)
 
-    return _statistical(windows, fit)
+    return statistical(windows, fit)
 
 
 SETTINGS = {
