@@ -92,6 +92,14 @@ SETTINGS = {
 }
 
 
+PACKAGES = {
+    "auto-ets": "statsforecast",
+    "auto-arima": "statsforecast",
+    "upstream": "chronos-forecasting",
+    "diffusionz": "diffusionz",
+}
+
+
 def _by_schema(windows: list[Window], covariates: bool) -> list[list[int]]:
     """Indices of the windows that can go into one call."""
     calls: dict[tuple, list[int]] = {}
@@ -173,14 +181,13 @@ def keep(forecaster: str, split: str, scores: dict[str, Score], windows: list[Wi
             rows = list(csv.DictReader(file))
     splits = {one.name: one.split for one in real_series.SETS}
     rows = [row for row in rows if row["forecaster"] != forecaster or split not in (row["split"], "all")]
-    package = {"auto-ets": "statsforecast", "auto-arima": "statsforecast", "upstream": "chronos-forecasting"}
-    of = package.get(forecaster)
+    package = PACKAGES.get(forecaster.split("+")[0])
     for name, one in scores.items():
         rows.append(
             {
                 "date": datetime.date.today().isoformat(),
                 "forecaster": forecaster,
-                "versions": f"{of}-{importlib.metadata.version(of)}" if of else "",
+                "versions": f"{package}-{importlib.metadata.version(package)}" if package else "",
                 "settings": settings,
                 "split": splits[name],
                 "set": name,
@@ -212,8 +219,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the windows for another machine")
     export.add_argument("file", type=pathlib.Path)
-    scoring = commands.add_parser("score", help="score one forecaster")
-    scoring.add_argument("--forecaster", choices=["seasonal-naive", "upstream", "diffusionz"], required=True)
+    scoring = commands.add_parser("score", help="score a model")
+    scoring.add_argument("--forecaster", choices=["upstream", "diffusionz"], required=True)
     scoring.add_argument("--model", default="demo", help="a folder, for diffusionz also a bundled model's name")
     scoring.add_argument("--covariates", action="store_true", help="give them to the forecaster, too")
     scoring.add_argument("--record", action="store_true", help=f"keep the scores in {KEPT.name}")
@@ -237,16 +244,12 @@ def main() -> None:
             report(scores, naive)
             print(f"{name}: {time.process_time() - begin:.0f} s of CPU time")
         return
-    if options.forecaster == "seasonal-naive":
-        forecaster, settings = forecast_metrics.seasonal_naive, ""
-    else:
-        open_model = {"upstream": upstream, "diffusionz": diffusionz}[options.forecaster]
-        forecaster = open_model(options.model, options.covariates)
-        settings = pathlib.Path(options.model).name + (" with covariates" if options.covariates else "")
-    scores = forecast_metrics.score(windows, forecaster(windows))
+    open_model = {"upstream": upstream, "diffusionz": diffusionz}[options.forecaster]
+    scores = forecast_metrics.score(windows, open_model(options.model, options.covariates)(windows))
     report(scores, naive)
     if options.record:
-        keep(options.forecaster, options.split, scores, windows, settings)
+        name = options.forecaster + ("+covariates" if options.covariates else "")
+        keep(name, options.split, scores, windows, pathlib.Path(options.model).name)
 
 
 if __name__ == "__main__":
