@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `from tests.models import ...`, however pytest is started
 
 # Whatever is started in the background of a shell ignores Ctrl-C, and so would the programs that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -82,15 +83,29 @@ def compile_c(pkg_config_env: dict[str, str], tmp_path_factory: pytest.TempPathF
     return build
 
 
+def draw_in_a_process(code: str, folder: pathlib.Path) -> pathlib.Path:
+    """Runs code that writes a model to sys.argv[1], in a process of its own: most tests need no torch, and need not
+    wait for it."""
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A model of random weights that loads and draws in milliseconds."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    # In a process of its own: most tests need no torch, and need not wait for it.
     code = (
         "import pathlib, sys; from tests.models.random_models import Shape, write_model; "
         "write_model(Shape(seed=1), pathlib.Path(sys.argv[1]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return draw_in_a_process(code, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_chronos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A Chronos-2 of random weights, 64 wide with two layers."""
+    code = (
+        "import pathlib, sys; from tests.models.random_chronos import SHAPES, write_model; "
+        "write_model(SHAPES['released'], pathlib.Path(sys.argv[1]))"
+    )
+    return draw_in_a_process(code, tmp_path_factory.mktemp("models") / "tiny-chronos")

@@ -1,52 +1,35 @@
-/* hammer MODEL: eight threads use one context at once, well and badly. Each picture must be the one that its seed draws
- * alone, each error must be the thread's own, and each cancelled task must end its call. */
+/* hammer MODEL: eight threads use one context at once, well and badly. Each answer must be the one that the thread's variant
+ * gets alone, each error must be the thread's own, and each cancelled task must end its call. */
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
-#include <diffusionz_c_api.h>
+#include FAMILY
 
 enum { kThreads = 8, kRounds = 6 };
 
-static DiffusionZContext *ctx;
-static DiffusionZResult alone[kThreads];
-
-static void request_for(int thread, DiffusionZRequest *request) {
-    diffusionz_request_init(request);
-    request->prompt = thread % 2 ? "a red circle" : "two blue squares";
-    request->width = 16 * (1 + thread % 3);
-    request->height = 32;
-    request->num_steps = 1 + thread % 2;
-    request->seed = thread;
-    request->format = DIFFUSIONZ_FORMAT_RGB;
-}
+static Context *ctx;
+static Answer alone[kThreads];
 
 static const char *failure(int thread, int round) {
-    DiffusionZRequest request;
-    DiffusionZResult result;
-    request_for(thread, &request);
-    if (diffusionz_generate_batch(ctx, &request, 1, NULL, &result)) return diffusionz_last_error();
-    if (result.image_len != alone[thread].image_len || memcmp(result.image_data, alone[thread].image_data, (size_t)result.image_len)) {
-        return "the picture is not the one that the seed draws alone";
-    }
-    diffusionz_free_result(&result);
+    Answer answer;
+    if (ask(ctx, thread, &answer)) return diffusionz_last_error();
+    if (!same(&answer, &alone[thread])) return "the answer is not the one that the variant gets alone";
+    free_answer(&answer);
 
-    char width[16];
-    request.width = 1000001 + 100 * thread + 2 * round;
-    snprintf(width, sizeof width, "%d", request.width);
-    if (diffusionz_generate_batch(ctx, &request, 1, NULL, &result) != DIFFUSIONZ_E_ARGUMENT) return "a bad width was taken";
-    if (!strstr(diffusionz_last_error(), width)) return "the last error is another thread's";
-    if (!strstr(result.error_msg, width)) return "the message is another thread's";
-    diffusionz_free_result(&result);
+    char text[16];
+    const int number = 1000001 + 100 * thread + 2 * round;
+    snprintf(text, sizeof text, "%d", number);
+    if (ask_wrongly(ctx, number, &answer) != DIFFUSIONZ_E_ARGUMENT) return "a bad number was taken";
+    if (!strstr(diffusionz_last_error(), text)) return "the last error is another thread's";
+    free_answer(&answer);
 
-    request_for(thread, &request);
-    request.num_steps = 1000;
     DiffusionZTask *task = diffusionz_task_new();
     diffusionz_task_cancel(task);
-    const int32_t status = diffusionz_generate_batch(ctx, &request, 1, task, &result);
+    const int32_t status = ask_much(ctx, thread, task, &answer);
     diffusionz_task_free(task);
-    diffusionz_free_result(&result);
-    return status == DIFFUSIONZ_E_CANCELLED ? NULL : "a cancelled task drew";
+    free_answer(&answer);
+    return status == DIFFUSIONZ_E_CANCELLED ? NULL : "a cancelled task was worked off";
 }
 
 static void *hammer(void *argument) {
@@ -63,14 +46,12 @@ static void *hammer(void *argument) {
 
 int main(int argc, char **argv) {
     if (argc != 2) return 2;
-    ctx = diffusionz_init(argv[1], -1);
+    ctx = load(argv[1]);
     if (!ctx) { fprintf(stderr, "%s\n", diffusionz_last_error()); return 1; }
     int numbers[kThreads], wrong = 0;
     pthread_t threads[kThreads];
     for (int i = 0; i < kThreads; ++i) {
-        DiffusionZRequest request;
-        request_for(i, &request);
-        wrong |= diffusionz_generate_batch(ctx, &request, 1, NULL, &alone[i]) != DIFFUSIONZ_OK;
+        wrong |= ask(ctx, i, &alone[i]) != DIFFUSIONZ_OK;
     }
     for (int i = 0; i < kThreads; ++i) {
         numbers[i] = i;
@@ -80,8 +61,8 @@ int main(int argc, char **argv) {
         void *failed = NULL;
         pthread_join(threads[i], &failed);
         wrong |= failed != NULL;
-        diffusionz_free_result(&alone[i]);
+        free_answer(&alone[i]);
     }
-    diffusionz_free(ctx);
+    unload(ctx);
     return wrong;
 }

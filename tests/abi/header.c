@@ -1,4 +1,4 @@
-/* The header alone, for the strictest compiler: it includes all that it needs. */
-#include <diffusionz_c_api.h>
+/* One header alone, -DHEADER=<NAME>, for the strictest compiler: it includes all that it needs. */
+#include HEADER
 
 int main(void) { return 0; }

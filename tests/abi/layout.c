@@ -1,7 +1,7 @@
 /* ABI version 1, byte by byte, on a 64-bit system. A line that fails is a program out there that breaks. */
 #include <stddef.h>
 
-#include <diffusionz_c_api.h>
+#include <chronos_c_api.h>
 
 #define FIELD(type, field, offset) _Static_assert(offsetof(type, field) == (offset), #type "." #field)
 #define SIZE(type, size) _Static_assert(sizeof(type) == (size), #type)
@@ -65,7 +65,8 @@ FIELD(DiffusionZProgress, queue_ms, 24);
 FIELD(DiffusionZProgress, text_ms, 28);
 FIELD(DiffusionZProgress, denoise_ms, 32);
 FIELD(DiffusionZProgress, decode_ms, 36);
-SIZE(DiffusionZProgress, 40);
+FIELD(DiffusionZProgress, forecast_ms, 40);
+SIZE(DiffusionZProgress, 44);
 
 FIELD(DiffusionZDeviceInfo, struct_size, 0);
 FIELD(DiffusionZDeviceInfo, device_id, 4);
@@ -80,5 +81,49 @@ FIELD(DiffusionZMemoryInfo, shared_by, 4);
 FIELD(DiffusionZMemoryInfo, weights_bytes, 8);
 FIELD(DiffusionZMemoryInfo, lora_bytes, 16);
 SIZE(DiffusionZMemoryInfo, 24);
+
+FIELD(ChronosInitOptions, struct_size, 0);
+FIELD(ChronosInitOptions, device_id, 4);
+FIELD(ChronosInitOptions, precision, 8);
+FIELD(ChronosInitOptions, num_threads, 12);
+FIELD(ChronosInitOptions, lora_path, 16);
+FIELD(ChronosInitOptions, working_memory_bytes, 24);
+SIZE(ChronosInitOptions, 32);
+
+FIELD(ChronosRequest, struct_size, 0);
+FIELD(ChronosRequest, level_count, 4);
+FIELD(ChronosRequest, row_count, 8);
+FIELD(ChronosRequest, context, 16);
+FIELD(ChronosRequest, context_offsets, 24);
+FIELD(ChronosRequest, group_ids, 32);
+FIELD(ChronosRequest, row_kinds, 40);
+FIELD(ChronosRequest, future, 48);
+FIELD(ChronosRequest, quantile_levels, 56);
+FIELD(ChronosRequest, prediction_length, 64);
+FIELD(ChronosRequest, context_length, 72);
+FIELD(ChronosRequest, monotone, 76);
+FIELD(ChronosRequest, constrain_ohlc, 80);
+FIELD(ChronosRequest, reserved, 84);
+SIZE(ChronosRequest, 88);
+
+/* These are filled by the library and have no size to tell it by: they never change. */
+FIELD(ChronosForecast, quantiles, 0);
+FIELD(ChronosForecast, quantile_levels, 8);
+FIELD(ChronosForecast, target_count, 16);
+FIELD(ChronosForecast, prediction_length, 24);
+FIELD(ChronosForecast, level_count, 32);
+FIELD(ChronosForecast, median_index, 36);
+SIZE(ChronosForecast, 40);
+
+FIELD(ChronosEmbedding, values, 0);
+FIELD(ChronosEmbedding, token_offsets, 8);
+FIELD(ChronosEmbedding, loc, 16);
+FIELD(ChronosEmbedding, scale, 24);
+FIELD(ChronosEmbedding, row_count, 32);
+FIELD(ChronosEmbedding, width, 40);
+FIELD(ChronosEmbedding, reserved, 44);
+SIZE(ChronosEmbedding, 48);
+
+_Static_assert(CHRONOS_ROW_TARGET == 0 && CHRONOS_ROW_COVARIATE == 1, "row kinds");
 
 int main(void) { return 0; }

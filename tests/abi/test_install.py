@@ -32,6 +32,22 @@ def test_c_example(compile_c: Callable[..., pathlib.Path], tiny_model: pathlib.P
     assert not (tmp_path / "no.webp").exists()
 
 
+def test_c_example_of_forecasting(compile_c: Callable[..., pathlib.Path], tiny_chronos: pathlib.Path) -> None:
+    """Numbers in, three quantiles a step out; the same that the Python binding gives."""
+    import numpy as np
+
+    from tests.models.chronos_ours import Engine, Request
+
+    program = compile_c(ROOT / "examples" / "c" / "forecast.c", "-std=c99")
+    row = np.round(np.sin(np.arange(100) / 3) * 5, 3).astype(np.float32)
+    printed = run(program, tiny_chronos, input=" ".join(map(str, row)))
+    ours = Engine(tiny_chronos).forecast(Request([row], 16, levels=(0.1, 0.5, 0.9))).quantiles[0]
+    np.testing.assert_allclose(np.array(printed.split(), np.float32).reshape(16, 3), ours.T, rtol=1e-5)
+    for wrong in ([program, ROOT], [program, tiny_chronos]):  # no model; no numbers
+        failed = subprocess.run(wrong, input="", capture_output=True, text=True)
+        assert (failed.returncode, failed.stderr.count("\n"), failed.stdout) == (1, 1, "")
+
+
 def test_go_example(pkg_config_env: dict[str, str], tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Formatted, vetted, built and run; it draws what the C example draws."""
     source = ROOT / "examples" / "go"
@@ -55,7 +71,7 @@ def test_cmake_package_and_a_moved_prefix(tmp_path: pathlib.Path, package: pathl
     consumer = tmp_path / "consumer"
     consumer.mkdir()
     (consumer / "main.cc").write_text(
-        "#include <diffusionz_c_api.h>\n#include <cstdio>\n"
+        "#include <chronos_c_api.h>\n#include <cstdio>\n"
         "int main() { std::puts(diffusionz_version()); return diffusionz_abi_version() != DIFFUSIONZ_ABI_VERSION; }\n"
     )
     (consumer / "CMakeLists.txt").write_text(

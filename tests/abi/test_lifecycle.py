@@ -9,38 +9,52 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
+
 HERE = pathlib.Path(__file__).resolve().parent
 # The threads of a small model wait for each other most of the time, and memory does not depend on them.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+Family = tuple[Callable[..., pathlib.Path], pathlib.Path]
 
 
-def test_a_thousand_contexts_leave_memory_flat(
-    compile_c: Callable[..., pathlib.Path], tiny_model: pathlib.Path
-) -> None:
-    program = compile_c(HERE / "cycles.c", "-D_POSIX_C_SOURCE=200809L")
-    done = subprocess.run([program, tiny_model, "1000"], env=ONE_THREAD, capture_output=True, text=True)
+@pytest.fixture(params=["zimage", "chronos"])
+def family(request: pytest.FixtureRequest, compile_c: Callable[..., pathlib.Path]) -> Family:
+    """(compile(source, *flags) of a program that uses the family, a model of it)."""
+
+    def build(source: str, *flags: str) -> pathlib.Path:
+        return compile_c(HERE / source, "-D_POSIX_C_SOURCE=200809L", f'-DFAMILY="{request.param}_calls.h"', *flags)
+
+    return build, request.getfixturevalue({"zimage": "tiny_model", "chronos": "tiny_chronos"}[request.param])
+
+
+def test_a_thousand_contexts_leave_memory_flat(family: Family) -> None:
+    build, model = family
+    program = build("cycles.c")
+    done = subprocess.run([program, model, "1000"], env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kibibytes = [int(line) for line in done.stdout.split()]
     # The first tenth warms the allocators. After that, a leak of one small tensor a cycle would show.
     assert max(kibibytes[1:]) - kibibytes[1] < 4096, kibibytes
 
 
-def test_eight_threads_on_one_context(compile_c: Callable[..., pathlib.Path], tiny_model: pathlib.Path) -> None:
-    program = compile_c(HERE / "hammer.c", "-pthread", "-D_POSIX_C_SOURCE=200809L")
-    done = subprocess.run([program, tiny_model], capture_output=True, text=True, timeout=300)
+def test_eight_threads_on_one_context(family: Family) -> None:
+    build, model = family
+    program = build("hammer.c", "-pthread")
+    done = subprocess.run([program, model], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
-def test_no_call_leaks(compile_c: Callable[..., pathlib.Path], tiny_model: pathlib.Path) -> None:
+def test_no_call_leaks(family: Family) -> None:
     """Under valgrind, three rounds of calls lose not a byte more than one: what torch allocates once and keeps is in
     both. No read or write is invalid."""
-    program = compile_c(HERE / "calls.c")
+    build, model = family
+    program = build("calls.c")
 
     def lost(rounds: int) -> tuple[int, int]:
         done = subprocess.run(
             [
                 "valgrind", "--leak-check=full", "--show-leak-kinds=none", "--num-callers=30",
-                program, tiny_model, str(rounds),
+                program, model, str(rounds),
             ],
             env=ONE_THREAD, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
@@ -59,25 +73,57 @@ def test_no_call_leaks(compile_c: Callable[..., pathlib.Path], tiny_model: pathl
     assert three[1] - one[1] < 4096
 
 
-def test_out_of_memory_is_a_status_and_the_context_stays_usable(tiny_model: pathlib.Path) -> None:
-    """A process whose address space is all but full asks for a picture that does not fit, then for one that does."""
-    code = """
-import resource, sys
-import diffusionz
+# Each asks for `small` of something that fits, then for what does not, then for what fits again.
+OUT_OF_MEMORY = {
+    "zimage": """
 model = diffusionz.ZImage(sys.argv[1], device="cpu", threads=1)
-draw = lambda side: model.generate("x", width=side, height=side, steps=1, seed=1, progress=False).pixels.sum()
-before = draw(64)
+ask = lambda side: model.generate("x", width=side, height=side, steps=1, seed=1, progress=False).pixels.sum()
+small, large = 64, 1024
+""",
+    # A result of gigabytes.
+    "chronos": """
+from tests.models.chronos_ours import Engine, Request
+model = Engine(sys.argv[1], num_threads=1)
+ask = lambda rows: model.forecast(Request([numpy.arange(20, dtype=numpy.float32)] * rows, 1000)).quantiles.sum()
+small, large = 2, 20_000
+""",
+    # Rows that attend to each other, all at once.
+    "chronos, a group": """
+from tests.models.chronos_ours import Engine, Request
+model = Engine(sys.argv[1], num_threads=1)
+row = numpy.arange(8000, dtype=numpy.float32)
+ask = lambda rows: model.forecast(Request([row] * rows, 1, group_ids=[0] * rows)).quantiles.sum()
+small, large = 2, 1000
+""",
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_MEMORY)
+def test_out_of_memory_is_a_status_and_the_context_stays_usable(
+    case: str, tiny_model: pathlib.Path, tiny_chronos: pathlib.Path
+) -> None:
+    """A process whose address space is all but full asks for more than fits, then for what does."""
+    code = f"""
+import resource, sys
+import diffusionz, numpy
+{OUT_OF_MEMORY[case]}
+before = ask(small)
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 _, hard = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (taken + 100 * 2**20, hard))
 try:
-    draw(1024)
-except diffusionz.OutOfMemoryError as error:
-    print(error)
+    ask(large)
+except Exception as error:
+    print(getattr(error, "status", type(error).__name__), error)
 else:
-    sys.exit("a picture of 1024 x 1024 was drawn in 100 MiB")
-assert draw(64) == before
+    sys.exit(f"{{large}} fit into 100 MiB")
+assert ask(small) == before
 """
-    done = subprocess.run([sys.executable, "-c", code, tiny_model], env=ONE_THREAD, capture_output=True, text=True)
+    model = tiny_model if case == "zimage" else tiny_chronos
+    command = [sys.executable, "-c", code, str(model)]
+    done = subprocess.run(command, env=ONE_THREAD, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1, done.stdout
+    from tests.models.chronos_ours import E
+
+    assert done.stdout.split()[0] in ("OutOfMemoryError", str(E["OUT_OF_MEMORY"])), done.stdout

@@ -9,13 +9,13 @@ import json
 import math
 import os
 import pathlib
-import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from diffusionz._ffi import ffi, lib, text
+from tests.abi.damage import BROKEN_JSON, DAMAGES, edit, header_of, link_copy, replace, weights_of, with_header
 
 NULL = ffi.NULL
 E = {name.removeprefix("DIFFUSIONZ_E_"): getattr(lib, name) for name in dir(lib) if name.startswith("DIFFUSIONZ_E_")}
@@ -301,13 +301,8 @@ def test_status_names() -> None:
 
 @pytest.fixture
 def broken(tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of the model, of links, whose files a test replaces."""
-    for source in tiny_model.rglob("*"):
-        target = tmp_path / source.relative_to(tiny_model)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_file():
-            target.symlink_to(source)
-    return tmp_path
+    """A copy of the model whose files a test replaces."""
+    return link_copy(tiny_model, tmp_path)
 
 
 def load_fails(path: pathlib.Path, *named: str) -> None:
@@ -320,19 +315,6 @@ def load_fails(path: pathlib.Path, *named: str) -> None:
     assert status == E["MODEL"], f"{status}: {last_error()}"
     for part in named:
         assert part in last_error()
-
-
-def replace(path: pathlib.Path, data: bytes) -> None:
-    path.unlink()
-    path.write_bytes(data)
-
-
-def edit(path: pathlib.Path, **changes: Any) -> None:
-    replace(path, json.dumps(json.loads(path.read_text()) | changes).encode())
-
-
-def weights_of(folder: pathlib.Path) -> pathlib.Path:
-    return next(folder.glob("*.safetensors"))
 
 
 def test_what_is_no_model(tmp_path: pathlib.Path) -> None:
@@ -359,71 +341,11 @@ def test_missing_weights(broken: pathlib.Path, folder: str) -> None:
 @pytest.mark.parametrize(
     "name", ["transformer/config.json", "text_encoder/config.json", "vae/config.json", "tokenizer/tokenizer.json"]
 )
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":' * 100_000, b"{}"], ids=repr)
+@pytest.mark.parametrize("data", [*BROKEN_JSON, b"{}"], ids=repr)
 def test_damaged_json(broken: pathlib.Path, name: str, data: bytes) -> None:
     replace(broken / name, data)
     # An empty config means the defaults, which another file contradicts.
     load_fails(broken, *([] if data == b"{}" else [name.split("/")[0]]))
-
-
-def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
-    length = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def with_header(header: Any, tensors: bytes) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + tensors
-
-
-def lie(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
-    """Changes the entry of one tensor."""
-
-    def apply(data: bytes) -> bytes:
-        header, tensors = header_of(data)
-        name = next(name for name in header if name != "__metadata__" and len(header[name]["shape"]) >= 1)
-        change(header[name])
-        return with_header(header, tensors)
-
-    return apply
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda data: b"",
-    "cut in the length": lambda data: data[:7],
-    "cut in the header": lambda data: data[:100],
-    "cut in the tensors": lambda data: data[: len(data) * 2 // 3],
-    "cut by one byte": lambda data: data[:-1],
-    "length 0": lambda data: struct.pack("<Q", 0) + data[8:],
-    "length beyond the file": lambda data: struct.pack("<Q", len(data) + 1) + data[8:],
-    "length 2^63": lambda data: struct.pack("<Q", 2**63) + data[8:],
-    "length 2^64-1": lambda data: struct.pack("<Q", 2**64 - 1) + data[8:],
-    "length 2^64-8": lambda data: struct.pack("<Q", 2**64 - 8) + data[8:],
-    "header is no JSON": lambda data: data[:8] + b"x" * struct.unpack("<Q", data[:8])[0] + data[8:],
-    "header is a list": lambda data: with_header([], b""),
-    "header without tensors": lambda data: with_header({}, b""),
-    "header of depth 100,000": lambda data: (
-        struct.pack("<Q", 600_000) + b'{"a":' * 100_000 + b"1" + b"}" * 99_999 + b""
-    ),
-    "pickle": lambda data: b"\x80\x04\x95" + b"\x00" * 1000,
-    "offset beyond the file": lie(lambda entry: entry.update(data_offsets=[2**40, 2**40 + 8])),
-    "offset negative": lie(lambda entry: entry.update(data_offsets=[-8, 0])),
-    "offset 2^64": lie(lambda entry: entry.update(data_offsets=[2**64, 2**64 + 8])),
-    "offsets backwards": lie(lambda entry: entry.update(data_offsets=entry["data_offsets"][::-1])),
-    "offsets are text": lie(lambda entry: entry.update(data_offsets="0,8")),
-    "one offset": lie(lambda entry: entry.update(data_offsets=[0])),
-    "no offsets": lie(lambda entry: entry.pop("data_offsets")),
-    "shape greater than the bytes": lie(lambda entry: entry.update(shape=[n * 2 for n in entry["shape"]])),
-    "shape overflows": lie(lambda entry: entry.update(shape=[2**32, 2**32])),
-    "shape overflows to the right size": lie(lambda entry: entry.update(shape=[2**62, 4, *entry["shape"]])),
-    "shape negative": lie(lambda entry: entry.update(shape=[-1, -1])),
-    "shape of floats": lie(lambda entry: entry.update(shape=[1.5])),
-    "shape is no list": lie(lambda entry: entry.update(shape=3)),
-    "dtype unknown": lie(lambda entry: entry.update(dtype="Q7")),
-    "dtype missing": lie(lambda entry: entry.pop("dtype")),
-    "dtype is a number": lie(lambda entry: entry.update(dtype=16)),
-    "entry is no object": lambda data: with_header({"x": 1}, b""),
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -1,18 +1,15 @@
 """The random models, and what every test of them needs."""
 
-import pathlib
-import sys
 import warnings
 
 import pytest
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # for `from tests.models import ...`
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other projects' deprecations are not this one's errors
     from tests.models.random_models import SHAPES, write_model
 from tests.models import parity
+from tests.models import random_chronos as chronos
 from tests.models.ours import RandomModel
 
 
@@ -41,6 +38,26 @@ def random_model(probe, tmp_path_factory):
         if name not in drawn:
             folder = write_model(SHAPES[name], tmp_path_factory.mktemp("models") / name)
             drawn[name] = RandomModel(name, folder, probe("stage_probe"))
+        return drawn[name]
+
+    return draw
+
+
+@pytest.fixture(scope="session", params=chronos.SHAPES)
+def chronos_model(request, random_chronos) -> chronos.RandomChronos:
+    """Each of the random Chronos-2 models in turn."""
+    return random_chronos(request.param)
+
+
+@pytest.fixture(scope="session")
+def random_chronos(tmp_path_factory):
+    """random_chronos(name): one of random_chronos.SHAPES, drawn once a session."""
+    drawn: dict[str, chronos.RandomChronos] = {}
+
+    def draw(name: str) -> chronos.RandomChronos:
+        if name not in drawn:
+            folder = chronos.write_model(chronos.SHAPES[name], tmp_path_factory.mktemp("models") / name)
+            drawn[name] = chronos.RandomChronos(name, folder)
         return drawn[name]
 
     return draw

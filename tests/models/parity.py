@@ -13,6 +13,11 @@ BOUNDS = {
     "decode": 1e-5,
     "encode": 1e-5,
     "pixels": 2 / 255,  # end to end; of the full range, at every pixel
+    "patches": 1e-6,  # Chronos-2's features
+    "hidden": 1e-5,  # and after each layer
+    "forecast": 1e-4,  # Chronos-2 end to end; of the row's largest distance from its mean
+    "embedding": 1e-5,
+    "shortcut": 1e-5,  # Chronos-2 with and without a shortcut; as "forecast"
 }
 # Low precision is judged by its error against float32: at most this many times the reference's own error in it.
 LOW_PRECISION_RATIO = 2.0

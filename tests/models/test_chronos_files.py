@@ -59,7 +59,7 @@ def test_what_upstream_saves_forecasts_the_same_bit_for_bit(chronos_model, tmp_p
 def test_an_entry_that_is_not_there_has_upstreams_default(random_chronos, tmp_path, name):
     folder = edit(random_chronos("released").folder, tmp_path / "model", **{name: None})
     if name == "max_output_patches":  # one patch a pass: forty steps are three passes
-        assert Engine(folder).info["horizon"] == 16
+        assert Engine(folder).info["prediction_length"] == 16
     assert_upstreams(folder, name)
 
 
@@ -91,7 +91,7 @@ def test_what_the_model_is(random_chronos):
     assert info["precision"] == "float32"
     assert info["parameters"] == sum(p.numel() for p in random_chronos("wide").pipe.model.parameters())
     assert info["context_length"] == 256
-    assert info["horizon"] == 64
+    assert info["prediction_length"] == 64
     assert info["quantile_levels"] == random_chronos("wide").pipe.quantiles
 
 

@@ -22,33 +22,15 @@
 #include <c10/core/InferenceMode.h>
 
 #include <chrono>
-#include <fstream>
 #include <iostream>
 
 #include "core/json_file.h"
+#include "write_safetensors.h"
 #include "zimage/engine.h"
 
 using namespace diffusionz;
 
 namespace {
-
-// The counterpart of read_safetensors, float32 only.
-void write_safetensors(const std::string& path, const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
-    nlohmann::json header = nlohmann::json::object();
-    size_t offset = 0;
-    for (const auto& [name, tensor] : tensors) {
-        header[name] = {{"dtype", "F32"}, {"shape", tensor.sizes().vec()}, {"data_offsets", {offset, offset + tensor.nbytes()}}};
-        offset += tensor.nbytes();
-    }
-    const std::string text = header.dump();
-    const uint64_t size = text.size();
-    std::ofstream file(path, std::ios::binary);
-    file.write(reinterpret_cast<const char*>(&size), sizeof size);
-    file << text;
-    for (const auto& [name, tensor] : tensors)
-        file.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
-    if (!file.flush()) fail(DIFFUSIONZ_E_INTERNAL, path, ": cannot be written");
-}
 
 template <class Call>
 at::Tensor seconds_of(int64_t repeats, Call&& call) {
