@@ -2,17 +2,14 @@
 
 #include "diffusionz_c_api.h"
 
-#include <ATen/Parallel.h>
-
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <span>
 
+#include "c_api/arguments.h"
 #include "c_api/guard.h"
 #include "core/device.h"
-#include "core/task.h"
 #include "image/metadata.h"
 #include "image/png.h"
 #include "image/webp.h"
@@ -26,45 +23,10 @@ struct DiffusionZContext {
     std::string info;
 };
 
-struct DiffusionZTask {
-    Task task;
-};
-
 namespace {
-
-template <class Struct>
-void check_size(const char* name, const Struct* value) {
-    if (!value) fail(DIFFUSIONZ_E_ARGUMENT, name, " is NULL");
-    // A larger one has fields that this library does not know and would ignore; a smaller one was not made by its _init.
-    if (value->struct_size != sizeof(Struct)) {
-        fail(DIFFUSIONZ_E_ARGUMENT, name, "->struct_size is ", value->struct_size, "; this library (ABI ", DIFFUSIONZ_ABI_VERSION,
-             ") knows ", sizeof(Struct));
-    }
-}
 
 void check_context(const DiffusionZContext* ctx) {
     if (!ctx) fail(DIFFUSIONZ_E_ARGUMENT, "ctx is NULL");
-}
-
-at::ScalarType dtype_of(int32_t precision, at::Device device) {
-    switch (precision) {
-        case DIFFUSIONZ_PRECISION_AUTO:
-            return device.is_cpu() ? at::kFloat : at::kBFloat16;
-        case DIFFUSIONZ_PRECISION_FLOAT32:
-            return at::kFloat;
-        case DIFFUSIONZ_PRECISION_BFLOAT16:
-            return at::kBFloat16;
-    }
-    fail(DIFFUSIONZ_E_ARGUMENT, "precision is ", precision, "; it must be DIFFUSIONZ_PRECISION_* (0 to 2)");
-}
-
-// CPU threads that somebody asked for; 0 is nobody.
-std::atomic<int32_t> threads_wanted{0};
-
-// OpenMP keeps the number of threads by the thread that calls, so each call brings it along.
-void apply_threads() {
-    const int32_t wanted = threads_wanted;
-    if (wanted > 0 && at::get_num_threads() != wanted) at::set_num_threads(wanted);
 }
 
 char* copy_string(const std::string& text) {
@@ -183,14 +145,11 @@ int32_t diffusionz_init_with_options(const char* model_path, const DiffusionZIni
         if (!model_path) fail(DIFFUSIONZ_E_ARGUMENT, "model_path is NULL");
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
         check_size("options", options);
-        if (options->num_threads < 0 || options->num_threads > 4096)
-            fail(DIFFUSIONZ_E_ARGUMENT, "num_threads is ", options->num_threads, "; it must be from 0 to 4096");
         if (options->cuda_graphs != 0 && options->cuda_graphs != 1)
             fail(DIFFUSIONZ_E_ARGUMENT, "cuda_graphs is ", options->cuda_graphs, "; it must be 0 or 1");
         const at::Device device = find_device(options->device_id);
-        const Placement placement{device, dtype_of(options->precision, device)};
-        if (options->num_threads > 0) threads_wanted = options->num_threads;
-        apply_threads();
+        const Placement placement{device, dtype_of(options->precision, device.is_cpu() ? at::kFloat : at::kBFloat16)};
+        want_threads(options->num_threads);
         *out = new DiffusionZContext(model_path, placement);
     });
 }
@@ -274,8 +233,7 @@ int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZReques
         }
         watched.begin(count);
         apply_threads();
-        // However the call ends, its task is over.
-        const std::unique_ptr<Task, void (*)(Task*)> done(&watched, [](Task* t) { t->enter(DIFFUSIONZ_STAGE_DONE); });
+        const TaskEnd end(watched);
         const auto pictures = ctx->engine.generate({requests, requests + count}, watched);
         for (int32_t i = 0; i < count; ++i) {
             const DiffusionZRequest& request = requests[i];

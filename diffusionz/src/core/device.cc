@@ -53,16 +53,20 @@ at::Device find_device(int32_t device_id) {
     return at::Device(at::kCUDA, static_cast<at::DeviceIndex>(device_id));
 }
 
+int64_t host_free_memory() {
+    // "MemAvailable: 123 kB" counts caches that the kernel would give back.
+    const std::string available = proc_value("/proc/meminfo", "MemAvailable");
+    return available.empty() ? ::sysconf(_SC_PAGESIZE) * ::sysconf(_SC_AVPHYS_PAGES) : std::stoll(available) * 1024;
+}
+
 void describe_device(int32_t device_id, DiffusionZDeviceInfo& info) {
     const at::Device device = find_device(device_id);
     info.device_id = device_id;
-    std::string name = proc_value("/proc/cpuinfo", "model name");
+    std::string name;
     if (device.is_cpu()) {
-        const int64_t page = ::sysconf(_SC_PAGESIZE);
-        info.memory_total_bytes = page * ::sysconf(_SC_PHYS_PAGES);
-        // "MemAvailable: 123 kB" counts caches that the kernel would give back.
-        const std::string available = proc_value("/proc/meminfo", "MemAvailable");
-        info.memory_free_bytes = available.empty() ? page * ::sysconf(_SC_AVPHYS_PAGES) : std::stoll(available) * 1024;
+        name = proc_value("/proc/cpuinfo", "model name");
+        info.memory_total_bytes = ::sysconf(_SC_PAGESIZE) * ::sysconf(_SC_PHYS_PAGES);
+        info.memory_free_bytes = host_free_memory();
         info.compute_capability = 0;
     }
 #ifdef DIFFUSIONZ_WITH_CUDA

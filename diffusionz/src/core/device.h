@@ -15,6 +15,9 @@ int32_t cuda_device_count();
 // -1 the CPU. Fails with E_DEVICE for a device that is not there.
 at::Device find_device(int32_t device_id);
 
+// Bytes of host memory that a process could have without swapping.
+int64_t host_free_memory();
+
 void describe_device(int32_t device_id, DiffusionZDeviceInfo& info);
 
 // Waits for the device and raises what it reports.

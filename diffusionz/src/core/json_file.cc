@@ -69,6 +69,18 @@ std::vector<int64_t> JsonFile::integers(const std::string& key, const std::vecto
     return values;
 }
 
+std::vector<double> JsonFile::numbers(const std::string& key, double min, double max) const {
+    std::vector<double> values;
+    if (!has(key)) return values;
+    if (!object_[key].is_array() || object_[key].size() > 1024) refuse(key, "a list of numbers");
+    for (const auto& value : object_[key]) {
+        if (!value.is_number() || !(value.get<double>() >= min && value.get<double>() <= max))
+            refuse(key, range_text("a list of numbers", min, max));
+        values.push_back(value.get<double>());
+    }
+    return values;
+}
+
 JsonFile JsonFile::child(const std::string& key) const {
     JsonFile json(name_ + ", " + key);
     if (has(key)) {

@@ -21,6 +21,7 @@ public:
     bool boolean(const std::string& key, bool fallback) const;
     std::string text(const std::string& key, const std::string& fallback) const;
     std::vector<int64_t> integers(const std::string& key, const std::vector<int64_t>& fallback, int64_t min, int64_t max) const;
+    std::vector<double> numbers(const std::string& key, double min, double max) const;
     // The object under `key`, empty when there is none.
     JsonFile child(const std::string& key) const;
     const nlohmann::json& object() const { return object_; }

@@ -12,7 +12,7 @@ namespace diffusionz {
 
 class Task {
 public:
-    // Marks the task as taken by a call. Fails with E_ARGUMENT the second time.
+    // Marks the task as taken by a call of that many pictures. Fails with E_ARGUMENT the second time.
     void begin(int32_t image_count) {
         if (used_.exchange(true)) fail(DIFFUSIONZ_E_ARGUMENT, "the task has served a call already; each call needs a new one");
         image_count_ = image_count;
@@ -29,7 +29,7 @@ public:
         stage_ = stage;
     }
     void set_step_count(int32_t count) { step_count_ = count; }
-    void add_step() { ++step_; }
+    void add_steps(int32_t count) { step_ = step_ + count; }
     void add_image() { ++image_; }
 
     void cancel() { cancelled_ = true; }
@@ -49,6 +49,7 @@ public:
         progress.text_ms = stage_ms_[DIFFUSIONZ_STAGE_TEXT];
         progress.denoise_ms = stage_ms_[DIFFUSIONZ_STAGE_DENOISE];
         progress.decode_ms = stage_ms_[DIFFUSIONZ_STAGE_DECODE];
+        progress.forecast_ms = stage_ms_[DIFFUSIONZ_STAGE_FORECAST];
     }
 
 private:
@@ -56,7 +57,7 @@ private:
 
     std::atomic<bool> used_{false}, cancelled_{false};
     std::atomic<int32_t> stage_{DIFFUSIONZ_STAGE_IDLE}, step_{0}, step_count_{0}, image_{0}, image_count_{0};
-    std::array<std::atomic<float>, DIFFUSIONZ_STAGE_DONE + 1> stage_ms_{};
+    std::array<std::atomic<float>, DIFFUSIONZ_STAGE_FORECAST + 1> stage_ms_{};
     Clock::time_point entered_;
 };
 

@@ -77,12 +77,10 @@ void Engine::check(const DiffusionZRequest& request) const {
         fail(DIFFUSIONZ_E_ARGUMENT, "quality is ", request.quality, "; it must be from 0 to 100");
     if (model_->placement().device.is_cpu()) {
         // The kernel promises memory that it does not have and ends the process that uses it: so it is asked before.
-        DiffusionZDeviceInfo host{};
-        describe_device(-1, host);
-        const int64_t needed = model_->vae().decode_nbytes(request.height, request.width);
-        if (needed > host.memory_free_bytes) {
+        const int64_t needed = model_->vae().decode_nbytes(request.height, request.width), free = host_free_memory();
+        if (needed > free) {
             fail(DIFFUSIONZ_E_OUT_OF_MEMORY, "a picture of ", request.width, " x ", request.height, " needs about ", needed >> 20,
-                 " MiB to decode; the host has ", host.memory_free_bytes >> 20, " MiB free");
+                 " MiB to decode; the host has ", free >> 20, " MiB free");
         }
     }
     // Also finds text that is no UTF-8.
@@ -181,7 +179,7 @@ at::Tensor Engine::denoise(const DiffusionZRequest& request, at::Tensor latents,
         }
         // The model predicts the way from noise to image; an Euler step walks it by the fall of sigma.
         latents = latents - prediction * (sigmas[step + 1] - sigmas[step]);
-        task.add_step();
+        task.add_steps(1);
         if (latents_watcher_) latents_watcher_(latents);
     }
     return latents;

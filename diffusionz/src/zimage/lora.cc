@@ -2,14 +2,12 @@
 
 #include <ATen/Functions.h>
 
-#include <cmath>
 #include <map>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "core/error.h"
-#include "core/mapped_file.h"
+#include "core/peft_scale.h"
 
 namespace diffusionz {
 namespace {
@@ -54,61 +52,6 @@ bool parse_key(std::string name, Key& key) {
     }
     return false;
 }
-
-// PEFT's config, which has the lora_alpha that its files lack: diffusers keeps it as JSON in the header's metadata, PEFT in a
-// file beside. Without it alpha is the rank.
-class PeftScale {
-public:
-    PeftScale(const std::filesystem::path& path, const std::map<std::string, std::string>& metadata) {
-        const auto found = metadata.find("lora_adapter_metadata");
-        const std::filesystem::path beside = path.parent_path() / "adapter_config.json";
-        if (found != metadata.end()) {
-            read(found->second, path.string() + ": lora_adapter_metadata");
-        } else if (path.filename() == "adapter_model.safetensors" && std::filesystem::exists(beside)) {
-            read(MappedFile(beside, DIFFUSIONZ_E_LORA).text(), beside.string());
-        }
-    }
-
-    double operator()(const std::string& module, int64_t rank) const {
-        double alpha = alpha_;
-        for (const auto& [pattern, value] : patterns_) {
-            // The first that matches as PEFT's (.*\.)?(pattern)$ does.
-            const bool ends = module.ends_with("." + pattern);
-            if (module != pattern && !ends) continue;
-            alpha = value;
-            break;
-        }
-        if (std::isnan(alpha)) return 1.0;
-        return alpha / (rank_stabilized_ ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
-    }
-
-private:
-    // A scale that is misread draws another picture in silence, so what is not understood is refused.
-    void read(std::string_view text, const std::string& name) {
-        const auto json = nlohmann::ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
-        if (!json.is_object()) fail(DIFFUSIONZ_E_LORA, name, ": not a JSON object");
-        const auto field = [&](const std::string& key) {
-            return json.contains(key) ? json[key] : json.value("transformer." + key, nlohmann::ordered_json());
-        };
-        if (field("lora_alpha").is_number()) alpha_ = field("lora_alpha").get<double>();
-        if (field("use_rslora").is_boolean()) rank_stabilized_ = field("use_rslora").get<bool>();
-        const auto patterns = field("alpha_pattern");
-        if (!patterns.is_object()) return;
-        for (const auto& [pattern, alpha] : patterns.items()) {
-            std::string plain = pattern.substr(pattern.starts_with('^') ? 1 : 0);
-            for (size_t at = plain.find("\\."); at != std::string::npos; at = plain.find("\\.", at)) plain.erase(at, 1);
-            if (!alpha.is_number() || plain.find_first_of("^$*+?()[]{}|\\") != std::string::npos) {
-                fail(DIFFUSIONZ_E_LORA, name, ": alpha_pattern has '", pattern,
-                     "'; supported are a module's name or its end, each with a number");
-            }
-            patterns_.emplace_back(std::move(plain), alpha.get<double>());
-        }
-    }
-
-    double alpha_ = NAN;
-    bool rank_stabilized_ = false;
-    std::vector<std::pair<std::string, double>> patterns_;
-};
 
 }  // namespace
 

@@ -1,0 +1,515 @@
+#include "chronos/engine.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <span>
+#include <unordered_map>
+
+#include "chronos/quantiles.h"
+#include "core/device.h"
+#include "core/error.h"
+
+namespace diffusionz::chronos {
+namespace {
+
+constexpr int64_t kPredictionLengthMax = 1 << 20;
+constexpr int64_t kLevelCountMax = 1000;
+// Enough rows to fill the cores, few enough to stay near the caches; a GPU wants more at once.
+constexpr int64_t kWorkingMemoryCpu = int64_t{64} << 20, kWorkingMemoryCuda = int64_t{2} << 30;
+constexpr int64_t kWorkingMemoryMin = int64_t{1} << 20;
+// Past one pass's horizon the forecast goes on from these paths (upstream's unrolled_quantiles).
+const std::vector<double> kPathLevels = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9};
+
+int64_t row_length(const ChronosRequest& request, int64_t row) {
+    return request.context_offsets[row + 1] - request.context_offsets[row];
+}
+
+bool is_target(const ChronosRequest& request, int64_t row) {
+    return !request.row_kinds || request.row_kinds[row] == CHRONOS_ROW_TARGET;
+}
+
+// The first of rows that have the lowest index among those that `refuse` names, found by all threads; -1 for none.
+template <class Refuse>
+int64_t first_row(int64_t row_count, Refuse&& refuse) {
+    std::atomic<int64_t> found{row_count};
+    at::parallel_for(0, row_count, 256, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end && row < found; ++row) {
+            if (!refuse(row)) continue;
+            int64_t best = found;
+            while (row < best && !found.compare_exchange_weak(best, row)) {
+            }
+            return;
+        }
+    });
+    return found == row_count ? -1 : found.load();
+}
+
+void check_flag(const char* name, int32_t value) {
+    if (value != 0 && value != 1) fail(DIFFUSIONZ_E_ARGUMENT, name, " is ", value, "; it must be 0 or 1");
+}
+
+}  // namespace
+
+// The rows of a request in the order of computation.
+struct Engine::Batch {
+    std::vector<int64_t> rows;    // of the request
+    std::vector<Group> groups;    // over `rows`
+    std::vector<int64_t> tokens;  // of each group, at most, without outputs
+};
+
+Engine::Engine(const std::filesystem::path& path, const std::filesystem::path& lora, Placement placement,
+               int64_t working_memory_bytes) {
+    const c10::InferenceMode inference;
+    if (working_memory_bytes != 0 && working_memory_bytes < kWorkingMemoryMin)
+        fail(DIFFUSIONZ_E_ARGUMENT, "working_memory_bytes is ", working_memory_bytes, "; it must be 0 or at least ",
+             kWorkingMemoryMin);
+    const int64_t usual = placement.device.is_cpu() ? kWorkingMemoryCpu : kWorkingMemoryCuda;
+    working_memory_bytes_ = working_memory_bytes ? working_memory_bytes : usual;
+    model_ = Model::load(path, lora, placement);
+}
+
+int64_t Engine::context_length(const ChronosRequest& request) const {
+    return request.context_length ? request.context_length : model_->config().context_length;
+}
+
+void Engine::check(const ChronosRequest& request, bool embed) const {
+    const auto refuse = [](const auto&... parts) { fail(DIFFUSIONZ_E_ARGUMENT, parts...); };
+    // Rows are counted in an int32_t by the task.
+    if (request.row_count < 1 || request.row_count > INT32_MAX)
+        refuse("row_count is ", request.row_count, "; it must be from 1 to ", INT32_MAX);
+    if (!request.context) refuse("context is NULL");
+    if (!request.context_offsets) refuse("context_offsets is NULL");
+    if (request.context_offsets[0] != 0) refuse("context_offsets[0] is ", request.context_offsets[0], "; it must be 0");
+    for (int64_t row = 0; row < request.row_count; ++row) {
+        if (row_length(request, row) < 1) {
+            refuse("row ", row, " has ", row_length(request, row), " values (context_offsets ", request.context_offsets[row],
+                   " to ", request.context_offsets[row + 1], "); a row has at least one");
+        }
+    }
+    const int64_t longest = model_->config().context_length;
+    if (request.context_length < 0 || request.context_length > longest)
+        refuse("context_length is ", request.context_length, "; it must be from 1 to the model's ", longest, ", or 0 for that");
+    if (request.reserved != 0) refuse("reserved is ", request.reserved, "; it must be 0");
+    const int64_t infinite = first_row(request.row_count, [&](int64_t row) {
+        return std::any_of(request.context + request.context_offsets[row], request.context + request.context_offsets[row + 1],
+                           [](float value) { return std::isinf(value); });
+    });
+    if (infinite >= 0) {
+        const float* values = request.context + request.context_offsets[infinite];
+        const int64_t at =
+            std::find_if(values, values + row_length(request, infinite), [](float v) { return std::isinf(v); }) - values;
+        refuse("row ", infinite, " is infinite at step ", at, "; values must be finite, or NaN where they are missing");
+    }
+    if (embed) return;
+
+    if (request.prediction_length < 1 || request.prediction_length > kPredictionLengthMax)
+        refuse("prediction_length is ", request.prediction_length, "; it must be from 1 to ", kPredictionLengthMax);
+    check_flag("monotone", request.monotone);
+    check_flag("constrain_ohlc", request.constrain_ohlc);
+    if (request.level_count < 0 || request.level_count > kLevelCountMax)
+        refuse("level_count is ", request.level_count, "; it must be from 1 to ", kLevelCountMax,
+               ", or 0 for the model's levels");
+    if (request.level_count > 0 && !request.quantile_levels)
+        refuse("quantile_levels is NULL and level_count ", request.level_count);
+    for (int32_t i = 0; i < request.level_count; ++i) {
+        const double level = request.quantile_levels[i];
+        if (!(level > 0 && level < 1)) refuse("quantile_levels[", i, "] is ", level, "; a level must be over 0 and under 1");
+        if (i > 0 && !(level > request.quantile_levels[i - 1]))
+            refuse("quantile_levels[", i, "] is ", level, " after ", request.quantile_levels[i - 1], "; levels must ascend");
+    }
+    if (request.row_kinds) {
+        for (int64_t row = 0; row < request.row_count; ++row) {
+            const int32_t kind = request.row_kinds[row];
+            if (kind != CHRONOS_ROW_TARGET && kind != CHRONOS_ROW_COVARIATE)
+                refuse("row_kinds[", row, "] is ", kind, "; it must be CHRONOS_ROW_* (0 or 1)");
+        }
+    }
+    const int64_t targets = target_count(request);
+    if (targets == 0) refuse("all ", request.row_count, " rows are covariates; at least one must be a target");
+    if (request.constrain_ohlc && targets % 4 != 0)
+        refuse("constrain_ohlc is set and there are ", targets, " targets; they must come in fours: open, high, low, close");
+    const int64_t steps = context_length(request);
+    const int64_t unknown = first_row(request.row_count, [&](int64_t row) {
+        const float* end = request.context + request.context_offsets[row + 1];
+        return is_target(request, row) &&
+               std::all_of(end - std::min(steps, row_length(request, row)), end, [](float value) { return std::isnan(value); });
+    });
+    if (unknown >= 0) {
+        refuse("row ", unknown, " has no value in its last ", std::min(steps, row_length(request, unknown)),
+               " steps, all are NaN; a target needs at least one");
+    }
+    if (!request.future) return;
+    const int64_t horizon = request.prediction_length;
+    const int64_t boundless = first_row(request.row_count, [&](int64_t row) {
+        return std::any_of(request.future + row * horizon, request.future + (row + 1) * horizon,
+                           [](float v) { return std::isinf(v); });
+    });
+    if (boundless >= 0)
+        refuse("future of row ", boundless, " is infinite; values must be finite, or NaN where they are not known");
+}
+
+std::vector<double> Engine::levels(const ChronosRequest& request) const {
+    if (request.level_count == 0) return model_->config().quantiles;
+    return {request.quantile_levels, request.quantile_levels + request.level_count};
+}
+
+int64_t Engine::target_count(const ChronosRequest& request) {
+    if (!request.row_kinds) return request.row_count;
+    return std::count(request.row_kinds, request.row_kinds + request.row_count, CHRONOS_ROW_TARGET);
+}
+
+std::vector<int64_t> Engine::embedding_offsets(const ChronosRequest& request) const {
+    std::vector<int64_t> offsets = {0};
+    for (int64_t row = 0; row < request.row_count; ++row) {
+        const int64_t steps = std::min(row_length(request, row), context_length(request));
+        offsets.push_back(offsets.back() + token_count_max(model_->config(), steps, 1));
+    }
+    return offsets;
+}
+
+Engine::Batch Engine::arrange(const ChronosRequest& request) const {
+    Batch batch;
+    batch.rows.resize(static_cast<size_t>(request.row_count));
+    std::iota(batch.rows.begin(), batch.rows.end(), 0);
+    std::vector<Group> groups;
+    if (request.group_ids) {
+        // Groups by their first row; a group's rows in the order of the request.
+        std::unordered_map<int64_t, int64_t> number;
+        std::vector<int64_t> group_of(batch.rows.size());
+        for (size_t row = 0; row < batch.rows.size(); ++row)
+            group_of[row] = number.emplace(request.group_ids[row], static_cast<int64_t>(number.size())).first->second;
+        std::stable_sort(batch.rows.begin(), batch.rows.end(), [&](int64_t a, int64_t b) {
+            return group_of[static_cast<size_t>(a)] < group_of[static_cast<size_t>(b)];
+        });
+        for (int64_t row = 0; row < request.row_count; ++row) {
+            const bool same = row > 0 && group_of[static_cast<size_t>(batch.rows[static_cast<size_t>(row)])] ==
+                                             group_of[static_cast<size_t>(batch.rows[static_cast<size_t>(row - 1)])];
+            if (same) {
+                ++groups.back().row_count;
+            } else {
+                groups.push_back({row, 1});
+            }
+        }
+    } else {
+        for (int64_t row = 0; row < request.row_count; ++row) groups.push_back({row, 1});
+    }
+
+    std::vector<int64_t> tokens(groups.size());
+    for (size_t i = 0; i < groups.size(); ++i) {
+        for (int64_t row = groups[i].row_begin; row < groups[i].row_begin + groups[i].row_count; ++row) {
+            const int64_t steps = std::min(row_length(request, batch.rows[static_cast<size_t>(row)]), context_length(request));
+            tokens[i] += token_count_max(model_->config(), steps, 0);
+        }
+    }
+    // Rows of one length stand together, for devices that compute them as one batch.
+    std::vector<int64_t> order(groups.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        const auto i = static_cast<size_t>(a), j = static_cast<size_t>(b);
+        const bool alone_i = groups[i].row_count == 1, alone_j = groups[j].row_count == 1;
+        return alone_i != alone_j ? alone_j : tokens[i] < tokens[j];
+    });
+    std::vector<int64_t> rows;
+    rows.reserve(batch.rows.size());
+    for (const int64_t i : order) {
+        const Group& group = groups[static_cast<size_t>(i)];
+        batch.groups.push_back({static_cast<int64_t>(rows.size()), group.row_count});
+        batch.tokens.push_back(tokens[static_cast<size_t>(i)]);
+        const auto begin = batch.rows.begin() + group.row_begin;
+        rows.insert(rows.end(), begin, begin + group.row_count);
+    }
+    batch.rows = std::move(rows);
+    return batch;
+}
+
+std::vector<Row> Engine::rows_of(const ChronosRequest& request, std::span<const int64_t> rows, int64_t horizon) const {
+    std::vector<Row> out;
+    for (const int64_t row : rows) {
+        const int64_t steps = std::min(row_length(request, row), context_length(request));
+        const bool knows = request.future && horizon > 0;
+        out.push_back({request.context + request.context_offsets[row + 1] - steps, steps,
+                       knows ? request.future + row * horizon : nullptr, knows ? horizon : 0});
+    }
+    return out;
+}
+
+template <class Visit>
+void Engine::in_chunks(const Batch& batch, int64_t output_patches, int64_t copies, Visit&& visit) const {
+    const int64_t budget = std::max<int64_t>(1, working_memory_bytes_ / model_->token_nbytes());
+    for (size_t first = 0; first < batch.groups.size();) {
+        int64_t tokens = 0;
+        size_t last = first;
+        while (last < batch.groups.size()) {
+            const int64_t more = copies * (batch.tokens[last] + batch.groups[last].row_count * output_patches);
+            if (last > first && tokens + more > budget) break;
+            tokens += more;
+            ++last;
+        }
+        // The kernel promises memory that it does not have and ends the process that uses it: so it is asked before.
+        if (model_->placement().device.is_cpu() && tokens > budget) {
+            const int64_t needed = tokens * model_->token_nbytes(), free = host_free_memory();
+            if (needed > free) {
+                fail(DIFFUSIONZ_E_OUT_OF_MEMORY, "a group of ", batch.groups[first].row_count, " rows needs about ", needed >> 20,
+                     " MiB at once; the host has ", free >> 20, " MiB free");
+            }
+        }
+        const int64_t begin = batch.groups[first].row_begin,
+                      end = batch.groups[last - 1].row_begin + batch.groups[last - 1].row_count;
+        std::vector<Group> groups(batch.groups.begin() + static_cast<int64_t>(first),
+                                  batch.groups.begin() + static_cast<int64_t>(last));
+        for (Group& group : groups) group.row_begin -= begin;
+        visit(begin, end, groups);
+        first = last;
+    }
+}
+
+std::vector<float> Engine::predict(const std::vector<Row>& rows, const std::vector<Group>& groups, int64_t output_patches) const {
+    const ModelConfig& config = model_->config();
+    const Tokens tokens = make_tokens(config, rows, groups, output_patches, model_->folds_single_groups());
+    const at::Tensor scaled = model_->head(model_->encode(tokens, /*all=*/false)).cpu();
+    const float* z = scaled.const_data_ptr<float>();
+    const int64_t levels = static_cast<int64_t>(config.quantiles.size()), patch = config.patch, steps = output_patches * patch;
+    std::vector<float> quantiles(rows.size() * static_cast<size_t>(levels * steps));
+    at::parallel_for(0, static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const Scale& scale = tokens.scales[static_cast<size_t>(row)];
+            for (int64_t step = 0; step < steps; ++step) {
+                const float* values = z + (row * output_patches + step / patch) * levels * patch + step % patch;
+                for (int64_t level = 0; level < levels; ++level) {
+                    const float value = values[level * patch];
+                    quantiles[static_cast<size_t>((row * levels + level) * steps + step)] =
+                        (config.arcsinh ? std::sinh(value) : value) * scale.scale + scale.loc;
+                }
+            }
+        }
+    });
+    return quantiles;
+}
+
+std::vector<float> Engine::predict_unrolled(const std::vector<Row>& rows, const std::vector<Group>& groups,
+                                            int64_t prediction_length, const Task& task) const {
+    const ModelConfig& config = model_->config();
+    const int64_t patch = config.patch, levels = static_cast<int64_t>(config.quantiles.size());
+    const int64_t paths = static_cast<int64_t>(kPathLevels.size());
+    const auto patches_for = [&](int64_t steps) { return std::min((steps + patch - 1) / patch, config.max_output_patches); };
+    std::vector<float> step_quantiles = predict(rows, groups, patches_for(prediction_length));
+    int64_t steps = patches_for(prediction_length) * patch;
+    if (steps == prediction_length) return step_quantiles;
+
+    std::vector<float> all(rows.size() * static_cast<size_t>(levels * prediction_length));
+    const auto keep = [&](int64_t done) {
+        const int64_t count = std::min(steps, prediction_length - done);
+        for (size_t row = 0; row < rows.size(); ++row) {
+            for (size_t level = 0; level < static_cast<size_t>(levels); ++level) {
+                const size_t series = row * static_cast<size_t>(levels) + level;
+                std::copy_n(step_quantiles.begin() + static_cast<int64_t>(series) * steps, count,
+                            all.begin() + static_cast<int64_t>(series) * prediction_length + done);
+            }
+        }
+    };
+    keep(0);
+    if (steps >= prediction_length) return all;
+
+    // Every row goes on along each path; rows of a group meet those of the same path.
+    const int64_t row_count = static_cast<int64_t>(rows.size());
+    std::vector<std::vector<float>> contexts(static_cast<size_t>(row_count * paths));
+    for (int64_t row = 0; row < row_count; ++row) {
+        const Row& from = rows[static_cast<size_t>(row)];
+        for (int64_t path = 0; path < paths; ++path)
+            contexts[static_cast<size_t>(row * paths + path)].assign(from.context, from.context + from.context_length);
+    }
+    const std::vector<double> path_masses = probability_masses(kPathLevels), level_masses = probability_masses(config.quantiles);
+
+    for (int64_t done = steps; done < prediction_length;) {
+        at::parallel_for(0, row_count, 1, [&](int64_t begin, int64_t end) {
+            std::vector<float> values(static_cast<size_t>(levels)), on_paths(static_cast<size_t>(paths));
+            for (int64_t row = begin; row < end; ++row) {
+                const Row& from = rows[static_cast<size_t>(row)];
+                for (int64_t step = 0; step < steps; ++step) {
+                    for (int64_t level = 0; level < levels; ++level)
+                        values[static_cast<size_t>(level)] =
+                            step_quantiles[static_cast<size_t>((row * levels + level) * steps + step)];
+                    interpolate_quantiles(config.quantiles, values.data(), kPathLevels, on_paths.data());
+                    const int64_t at = done - steps + step;
+                    const float known = from.future && at < from.future_length ? from.future[at] : NAN;
+                    for (int64_t path = 0; path < paths; ++path) {
+                        contexts[static_cast<size_t>(row * paths + path)].push_back(
+                            std::isnan(known) ? on_paths[static_cast<size_t>(path)] : known);
+                    }
+                }
+                for (int64_t path = 0; path < paths; ++path) {
+                    auto& context = contexts[static_cast<size_t>(row * paths + path)];
+                    const int64_t over = static_cast<int64_t>(context.size()) - config.context_length;
+                    if (over > 0) context.erase(context.begin(), context.begin() + over);
+                }
+            }
+        });
+
+        const int64_t output_patches = patches_for(prediction_length - done), next_steps = output_patches * patch;
+        std::vector<float> next(static_cast<size_t>(row_count * levels * next_steps));
+        // Group by group and path by path, within the budget: the paths make one row nine.
+        Batch batch;
+        std::vector<Row> path_rows;
+        for (const Group& group : groups) {
+            for (int64_t path = 0; path < paths; ++path) {
+                batch.groups.push_back({static_cast<int64_t>(path_rows.size()), group.row_count});
+                batch.tokens.push_back(0);
+                for (int64_t row = group.row_begin; row < group.row_begin + group.row_count; ++row) {
+                    const Row& from = rows[static_cast<size_t>(row)];
+                    const auto& context = contexts[static_cast<size_t>(row * paths + path)];
+                    const bool knows = from.future && from.future_length > done;
+                    path_rows.push_back({context.data(), static_cast<int64_t>(context.size()),
+                                         knows ? from.future + done : nullptr, knows ? from.future_length - done : 0});
+                    batch.tokens.back() += token_count_max(config, path_rows.back().context_length, 0);
+                    batch.rows.push_back(row * paths + path);
+                }
+            }
+        }
+        std::vector<float> on_paths(static_cast<size_t>(row_count * paths * levels * next_steps));
+        in_chunks(batch, output_patches, 1, [&](int64_t begin, int64_t end, const std::vector<Group>& path_groups) {
+            task.check();
+            const std::vector<float> part =
+                predict({path_rows.begin() + begin, path_rows.begin() + end}, path_groups, output_patches);
+            const int64_t size = levels * next_steps;
+            for (int64_t row = begin; row < end; ++row)
+                std::copy_n(part.begin() + (row - begin) * size, size,
+                            on_paths.begin() + batch.rows[static_cast<size_t>(row)] * size);
+        });
+        // A step's samples are every path's every quantile.
+        at::parallel_for(0, row_count, 1, [&](int64_t begin, int64_t end) {
+            std::vector<Weighted> samples(static_cast<size_t>(paths * levels));
+            std::vector<float> mixed(static_cast<size_t>(levels));
+            for (int64_t row = begin; row < end; ++row) {
+                for (int64_t step = 0; step < next_steps; ++step) {
+                    for (int64_t path = 0; path < paths; ++path) {
+                        for (int64_t level = 0; level < levels; ++level) {
+                            samples[static_cast<size_t>(path * levels + level)] = {
+                                on_paths[static_cast<size_t>(((row * paths + path) * levels + level) * next_steps + step)],
+                                path_masses[static_cast<size_t>(path)] * level_masses[static_cast<size_t>(level)]};
+                        }
+                    }
+                    weighted_quantiles(samples, config.quantiles, mixed.data());
+                    for (int64_t level = 0; level < levels; ++level)
+                        next[static_cast<size_t>((row * levels + level) * next_steps + step)] = mixed[static_cast<size_t>(level)];
+                }
+            }
+        });
+        step_quantiles = std::move(next);
+        steps = next_steps;
+        keep(done);
+        done += steps;
+    }
+    return all;
+}
+
+void Engine::forecast(const ChronosRequest& request, Task& task, float* out) {
+    const CallQueue::Turn turn(queue_, &task);
+    const c10::InferenceMode inference;
+    task.enter(DIFFUSIONZ_STAGE_FORECAST);
+    task.set_step_count(static_cast<int32_t>(request.row_count));
+    const ModelConfig& config = model_->config();
+    const int64_t horizon = request.prediction_length, native = static_cast<int64_t>(config.quantiles.size());
+    const std::vector<double> wanted = levels(request);
+    const int64_t level_count = static_cast<int64_t>(wanted.size());
+    const Batch batch = arrange(request);
+
+    // Where each target's forecast goes; covariates have none.
+    std::vector<int64_t> place(static_cast<size_t>(request.row_count));
+    int64_t targets = 0;
+    for (int64_t row = 0; row < request.row_count; ++row)
+        place[static_cast<size_t>(row)] = is_target(request, row) ? targets++ : -1;
+
+    const int64_t first_patches = std::min((horizon + config.patch - 1) / config.patch, config.max_output_patches);
+    const int64_t copies = horizon > config.horizon() ? static_cast<int64_t>(kPathLevels.size()) : 1;
+    in_chunks(batch, first_patches, copies, [&](int64_t begin, int64_t end, const std::vector<Group>& groups) {
+        task.check();
+        const std::vector<Row> rows = rows_of(request, {batch.rows.begin() + begin, batch.rows.begin() + end}, horizon);
+        const std::vector<float> quantiles = predict_unrolled(rows, groups, horizon, task);
+        at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
+            std::vector<float> values(static_cast<size_t>(native)), at_levels(wanted.size());
+            for (int64_t i = from; i < to; ++i) {
+                const int64_t target = place[static_cast<size_t>(batch.rows[static_cast<size_t>(i)])];
+                if (target < 0) continue;
+                for (int64_t step = 0; step < horizon; ++step) {
+                    for (int64_t level = 0; level < native; ++level)
+                        values[static_cast<size_t>(level)] =
+                            quantiles[static_cast<size_t>(((i - begin) * native + level) * horizon + step)];
+                    // Rearrangement (Chernozhukov et al. 2010): sorted quantiles are never further from the true ones.
+                    if (request.monotone) std::sort(values.begin(), values.end());
+                    interpolate_quantiles(config.quantiles, values.data(), wanted, at_levels.data());
+                    for (int64_t level = 0; level < level_count; ++level)
+                        out[(target * level_count + level) * horizon + step] = at_levels[static_cast<size_t>(level)];
+                }
+            }
+        });
+        task.add_steps(static_cast<int32_t>(end - begin));
+    });
+    if (!request.constrain_ohlc) return;
+    const int64_t size = level_count * horizon;
+    for (int64_t candle = 0; candle < targets / 4; ++candle) {
+        float *open = out + candle * 4 * size, *high = open + size, *low = high + size, *close = low + size;
+        for (int64_t i = 0; i < size; ++i) {
+            const auto [least, most] = std::minmax({open[i], high[i], low[i], close[i]});
+            high[i] = most;
+            low[i] = least;
+        }
+    }
+}
+
+void Engine::embed(const ChronosRequest& request, Task& task, float* values, float* loc, float* scale) {
+    const CallQueue::Turn turn(queue_, &task);
+    const c10::InferenceMode inference;
+    task.enter(DIFFUSIONZ_STAGE_FORECAST);
+    task.set_step_count(static_cast<int32_t>(request.row_count));
+    const ModelConfig& config = model_->config();
+    const std::vector<int64_t> offsets = embedding_offsets(request);
+    std::fill_n(values, offsets.back() * config.d_model, NAN);  // patches without an observation have no token
+    const Batch batch = arrange(request);
+    in_chunks(batch, 1, 1, [&](int64_t begin, int64_t end, const std::vector<Group>& groups) {
+        task.check();
+        const std::vector<Row> rows = rows_of(request, {batch.rows.begin() + begin, batch.rows.begin() + end}, 0);
+        const Tokens tokens = make_tokens(config, rows, groups, 1, model_->folds_single_groups());
+        const at::Tensor hidden = model_->encode(tokens, /*all=*/true).cpu();
+        const float* states = hidden.const_data_ptr<float>();
+        const int64_t* positions = tokens.positions.const_data_ptr<int64_t>();
+        for (int64_t i = begin; i < end; ++i) {
+            const auto r = static_cast<size_t>(i - begin);
+            const int64_t row = batch.rows[static_cast<size_t>(i)];
+            loc[row] = tokens.scales[r].loc;
+            scale[row] = tokens.scales[r].scale;
+            for (int64_t token = tokens.row_begin[r]; token < tokens.row_begin[r + 1]; ++token) {
+                std::copy_n(states + token * config.d_model, config.d_model,
+                            values + (offsets[static_cast<size_t>(row)] + positions[token]) * config.d_model);
+            }
+        }
+        task.add_steps(static_cast<int32_t>(end - begin));
+    });
+}
+
+std::string Engine::info() const {
+    const ModelConfig& config = model_->config();
+    nlohmann::ordered_json json;
+    json["family"] = "chronos-2";
+    json["path"] = model_->folders().model.string();
+    if (!model_->folders().lora.empty()) json["lora"] = model_->folders().lora.string();
+    json["device"] = model_->placement().device.str();
+    json["precision"] = model_->placement().dtype == at::kFloat ? "float32" : "bfloat16";
+    json["parameters"] = model_->parameter_count();
+    json["d_model"] = config.d_model;
+    json["layers"] = config.layers;
+    json["context_length"] = config.context_length;
+    json["patch_size"] = config.patch;
+    json["prediction_length"] = config.horizon();
+    json["quantile_levels"] = config.quantiles;
+    json["working_memory_bytes"] = working_memory_bytes_;
+    return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+}  // namespace diffusionz::chronos

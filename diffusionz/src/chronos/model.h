@@ -1,0 +1,84 @@
+// A loaded Chronos-2 model (Ansari et al. 2025): patch embedding, encoder layers of time attention, group attention and a
+// feed-forward network, and the head. Immutable, shared by every engine that asks for the same files on the same device in the
+// same precision.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "chronos/config.h"
+#include "chronos/parameters.h"
+#include "chronos/tokens.h"
+#include "ops/invariant_linear.h"
+
+namespace diffusionz::chronos {
+
+// output(relu(hidden(x))) + residual(x), with biases.
+class ResidualBlock {
+public:
+    ResidualBlock(const Parameters& parameters, const std::string& name, int64_t in, int64_t hidden, int64_t out,
+                  at::Device device);
+    at::Tensor operator()(const at::Tensor& x) const;
+    size_t nbytes() const { return hidden_.nbytes() + output_.nbytes() + residual_.nbytes(); }
+
+private:
+    InvariantLinear hidden_, output_, residual_;
+};
+
+class Model {
+public:
+    // placement.dtype is of the encoder's matrix products; everything else is float32.
+    Model(const ModelFolders& folders, Placement placement);
+
+    // The model already loaded in this process, or a new one. Files that changed on disk since make a new one. `lora` may be
+    // empty.
+    static std::shared_ptr<const Model> load(const std::filesystem::path& path, const std::filesystem::path& lora,
+                                             Placement placement);
+
+    // float32 [tokens, d_model] after the final norm; of the outputs alone, [rows * output_patches, d_model], unless `all`.
+    // `watch`, when given, sees the hidden states after the embedding and after each layer.
+    at::Tensor encode(const Tokens& tokens, bool all, const std::function<void(const at::Tensor&)>& watch = {}) const;
+    // Scaled quantiles of hidden states: float32 [n, d_model] to [n, quantiles * patch], quantile-major.
+    at::Tensor head(const at::Tensor& hidden) const { return output_embedding_(hidden); }
+
+    const ModelConfig& config() const { return config_; }
+    const ModelFolders& folders() const { return folders_; }
+    const Placement& placement() const { return placement_; }
+    int64_t parameter_count() const { return parameters_.count(); }
+    bool folds_single_groups() const { return folds_single_groups_; }
+    size_t nbytes() const;
+    // Bytes of activations that a pass holds for each token.
+    int64_t token_nbytes() const;
+
+private:
+    struct Attention {
+        InvariantLinear q, kv, o;
+    };
+    struct Layer {
+        at::Tensor time_norm, group_norm, feed_forward_norm;
+        Attention time;
+        InvariantLinear group_alone;  // Wo Wv: what group attention is for a group of one
+        InvariantLinear wi, wo;
+    };
+    Attention load_attention(const std::string& name) const;
+    // The whole of group attention, packed when a group of several rows first comes.
+    const std::vector<Attention>& group_attention() const;
+    // x += attention over each group's rows.
+    void attend_groups(size_t layer, at::Tensor& x, const GroupAttention& group) const;
+
+    ModelFolders folders_;
+    Placement placement_;
+    ModelConfig config_;
+    Parameters parameters_;
+    ResidualBlock input_embedding_, output_embedding_;
+    at::Tensor register_embedding_, final_norm_, cos_, sin_;
+    std::vector<Layer> layers_;
+    bool folds_single_groups_;
+    mutable std::mutex group_mutex_;
+    mutable std::vector<Attention> group_attention_;
+};
+
+}  // namespace diffusionz::chronos
