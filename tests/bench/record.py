@@ -37,6 +37,7 @@ class Comparison:
     peer: list[float]
     goal: float  # of ours / peer, medians
     unit: str = "s"
+    peer_name: str = "diffusers"
 
     @property
     def ratio(self) -> float:
@@ -48,7 +49,8 @@ class Comparison:
 
         verdict = "reached" if self.ratio <= self.goal else "MISSED"
         return (
-            f"{self.work}, {self.size}: ours {spread(self.ours)} {self.unit}, diffusers {spread(self.peer)} {self.unit}"
+            f"{self.work}, {self.size}: ours {spread(self.ours)} {self.unit},"
+            f" {self.peer_name} {spread(self.peer)} {self.unit}"
             f" (p10 / p50 / p90 of {len(self.ours)} and {len(self.peer)}):"
             f" {self.ratio:.2f}x, goal {self.goal}x {verdict}"
         )
@@ -68,7 +70,7 @@ def machine() -> str:
 
 
 def versions() -> str:
-    names = ["diffusionz", "torch", "diffusers", "transformers"]
+    names = ["diffusionz", "torch", "diffusers", "chronos-forecasting", "transformers"]
     return " ".join(
         [f"python-{platform.python_version()}", *(f"{name}-{importlib.metadata.version(name)}" for name in names)]
     )

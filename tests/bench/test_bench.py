@@ -17,13 +17,14 @@ sys.path.insert(0, str(ROOT))
 from tests.bench import record  # noqa: E402
 
 
-def test_every_benchmark_runs_and_checks_parity_first():
-    command = [sys.executable, "-m", "tests.bench.zimage", "all", "--quick", "--threads", "1"]
+@pytest.mark.parametrize("family, parities, claims", [("zimage", 4, 7), ("chronos", 5, 9)])
+def test_every_benchmark_runs_and_checks_parity_first(family, parities, claims):
+    command = [sys.executable, "-m", f"tests.bench.{family}", "all", "--quick", "--threads", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": ""})
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert sum(line.startswith("parity: ") for line in lines) == 4
-    assert sum("p10 / p50 / p90" in line for line in lines) == 7
+    assert sum(line.startswith("parity: ") for line in lines) == parities
+    assert sum("p10 / p50 / p90" in line for line in lines) == claims
 
 
 def test_wrong_work_is_not_timed():
