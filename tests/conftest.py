@@ -34,10 +34,10 @@ def probe() -> Callable[[str], pathlib.Path]:
 
 @pytest.fixture(scope="session")
 def demo_model() -> pathlib.Path:
-    """The bundled model's folder, as installed."""
+    """The bundled Z-Image's folder, as installed."""
     from diffusionz.hub import locate
 
-    return pathlib.Path(locate("demo"))
+    return pathlib.Path(locate("demo", "zimage"))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,16 @@
-"""diffusionz: a native engine for Z-Image, text to image.
+"""diffusionz: a native engine for Z-Image, text to image, and Chronos-2, time-series forecasting.
 
     from diffusionz import ZImage
 
     image = ZImage("demo").generate("a red circle on a blue background", width=256, height=256, seed=7)
     image.save("out.png")
 
-Importing this package loads neither the engine nor torch: the first `ZImage` does.
+    from diffusionz import Chronos2
+
+    forecast = Chronos2("demo").forecast([112, 118, 132, 129, 121, 135], prediction_length=3)
+    print(forecast.summary())
+
+Importing this package loads neither the engine nor torch: the first model does.
 """
 
 from __future__ import annotations
@@ -21,6 +26,9 @@ if TYPE_CHECKING:
     from diffusionz._errors import LoraError as LoraError
     from diffusionz._errors import ModelError as ModelError
     from diffusionz._errors import OutOfMemoryError as OutOfMemoryError
+    from diffusionz.chronos2 import Chronos2 as Chronos2
+    from diffusionz.chronos2 import Embedding as Embedding
+    from diffusionz.forecast import Forecast as Forecast
     from diffusionz.image import Image as Image
     from diffusionz.progress import Progress as Progress
     from diffusionz.zimage import ZImage as ZImage
@@ -31,8 +39,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "ArgumentError": "_errors",
     "Cancelled": "_errors",
+    "Chronos2": "chronos2",
     "DeviceError": "_errors",
     "DiffusionzError": "_errors",
+    "Embedding": "chronos2",
+    "Forecast": "forecast",
     "Image": "image",
     "ImageError": "_errors",
     "InternalError": "_errors",

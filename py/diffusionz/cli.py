@@ -1,4 +1,4 @@
-"""The command `diffusionz`: generate, info, pull.
+"""The command `diffusionz`: generate, forecast, info, pull.
 
 Exit status: 0 done, 1 it failed, 2 wrong use, 130 stopped by Ctrl-C. Results go to stdout; a failure is one line on
 stderr (`python -X dev -m diffusionz ...` shows the traceback instead). What a command does not need is not imported: a
@@ -15,12 +15,16 @@ from typing import Any, NoReturn
 
 from diffusionz._errors import ArgumentError, DiffusionzError, ImageError
 
-_DESCRIPTION = "Draw pictures with Z-Image."
+_MOST_SENTENCES = 20  # that are printed of a forecast
+
+_DESCRIPTION = "Draw pictures with Z-Image, forecast time series with Chronos-2."
 
 _EPILOG = """\
 examples:
   diffusionz generate "a red circle on a blue background" -o out.png --width 256 --height 256 --seed 7
   diffusionz info out.png                        what drew this picture
+  diffusionz forecast airline --horizon 12 --plot forecast.png
+  diffusionz forecast prices.csv --horizon 7 --target close -o forecast.csv
   diffusionz pull Tongyi-MAI/Z-Image-Turbo       fetch a model, then: generate --model Tongyi-MAI/Z-Image-Turbo
 """
 
@@ -36,10 +40,28 @@ The file's extension says its format: .png, or .webp (lossy of --quality, or --l
 into the file; `diffusionz info FILE` reads them back. The same parameters and seed draw the same picture.
 """
 
+_FORECAST_EPILOG = """\
+examples:
+  diffusionz forecast airline --horizon 12 --plot forecast.png         a series that came with the package
+  diffusionz forecast prices.csv --horizon 7 --target close --timestamp date -o forecast.csv --plot forecast.png
+  diffusionz forecast prices.csv --horizon 7 --target close --returns --quantiles 0.05,0.5,0.95 -o -
+  diffusionz forecast candles.csv --horizon 7 --ohlc                   open, high, low and close together
+  diffusionz forecast shops.csv --id shop --target sales --known-future holiday,price --future plan.csv -o out.csv
+  cat load.csv | diffusionz forecast - --horizon 24 --json
+
+The file has a header line and one row an observation; an empty cell is a missing value. Columns that are not named are
+guessed where there is one answer. What is known in advance (--known-future) comes from a second file (--future), or
+from the last rows of the first, where the target is empty. The forecast has the columns id, timestamp (or step),
+target_name, predictions (the median) and one a quantile level.
+
+--returns forecasts log(price / price before) and gives prices back; its bands are exact for independent normal returns
+and an approximation for others (the module diffusionz.returns has the formula).
+"""
+
 _INFO_EPILOG = """\
 examples:
   diffusionz info                  version, devices, bundled models, where C programs find the library
-  diffusionz info demo             a model: a bundled one's name, a folder, or a hub id that was pulled
+  diffusionz info zimage-demo      a model: a bundled one's name, a folder, or a hub id that was pulled
   diffusionz info out.png          the parameters that drew a picture
 """
 
@@ -137,6 +159,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the result as JSON")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
 
+    forecast = command("forecast", "forecast time series from a file of numbers", _FORECAST_EPILOG, _forecast)
+    add = forecast.add_argument
+    add("file", metavar="FILE", help=".csv or .parquet, - for CSV from stdin, or the name of a series of the package")
+    add("-o", "--output", metavar="FILE", help="the file to write, .csv or .parquet, or - for CSV to stdout")
+    add("--plot", metavar="FILE", help="a picture to write, .png, .svg or .pdf")
+    add("--horizon", type=int, metavar="N", help="steps to forecast (default: rows of --future, else one pass's)")
+    add("--target", type=_names, default=[], metavar="COLUMN,...", help="what to forecast")
+    add("--timestamp", metavar="COLUMN", help="dates, or evenly spaced numbers")
+    add("--id", metavar="COLUMN", help="tells several series apart")
+    add("--past-only", type=_names, default=[], metavar="COLUMN,...", help="covariates whose future is not known")
+    add("--known-future", type=_names, default=[], metavar="COLUMN,...", help="covariates whose future is known")
+    add("--future", metavar="FILE", help="the known future: id, timestamp and those columns")
+    add("--quantiles", type=_levels, metavar="LEVEL,...", help="(default: 0.1,0.2,...,0.9)")
+    add("--freq", metavar="NAME", help="step between rows as pandas calls it: D, h, MS (default: told from the dates)")
+    add("--context-length", type=int, metavar="N", help="steps of history to read (default: as many as the model can)")
+    add("--returns", action="store_true", help="forecast log returns, give prices")
+    add("--ohlc", action="store_true", help="the targets are open, high, low, close: keep high highest and low lowest")
+    add("--monotone", action="store_true", help="sort each step's quantiles, so that they never cross")
+    add("--cross-learning", action="store_true", help="let all series inform each other")
+    add("--model", default="demo", help="a bundled model's name, a folder, or a pulled hub id (default: demo)")
+    add("--lora", metavar="FOLDER", help="an adapter that upstream's fit wrote")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--precision", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("-q", "--quiet", action="store_true", help="print nothing but errors")
+
     info = command("info", "say what the library, a model or a picture is", _INFO_EPILOG, _info)
     info.add_argument("target", metavar="MODEL_OR_FILE", nargs="?", help="a model or a picture")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -213,6 +261,105 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _forecast(args: argparse.Namespace) -> int:
+    import time
+
+    from diffusionz import _plot, tables
+
+    # What can be known to be wrong is said before anything is read or loaded.
+    if args.output is not None:
+        tables.format_of(args.output)
+    if args.plot is not None:
+        _plot.format_of(args.plot)
+    for file in (args.output, args.plot):
+        if file not in (None, "-"):
+            _check_writable(file)
+    if args.output == "-" and args.json:
+        raise ArgumentError("--output - and --json would both write to stdout")
+    if args.horizon is not None and args.horizon < 1:
+        raise ArgumentError(f"--horizon is {args.horizon}; it must be at least 1")
+    if args.future is not None and not args.known_future:
+        raise ArgumentError("--future needs --known-future, which names its columns")
+
+    frame = tables.read_table(_series_file(args.file))
+    if args.ohlc and not args.target:
+        args.target = [_called(frame, name) for name in ("open", "high", "low", "close")]
+    others = [*args.past_only, *args.known_future]
+    columns, guesses = tables.choose_columns(
+        frame, targets=args.target, timestamp=args.timestamp, id=args.id, others=others
+    )
+    if guesses and not args.quiet:
+        print(f"diffusionz: {', '.join(guesses)}", file=sys.stderr)
+    keys = [column for column in (columns.id, columns.timestamp) if column is not None]
+    frame, future = frame[[*keys, *columns.targets, *others]], None
+    if args.future is not None:
+        future = tables.read_table(args.future)
+        for column in [*keys, *args.known_future]:
+            if column not in future:
+                raise ArgumentError(f'{args.future} has no column "{column}"')
+        future = future[[*keys, *args.known_future]]
+    elif args.known_future:
+        frame, future = tables.split_future(frame, columns, args.known_future, args.horizon)
+    horizon = args.horizon
+    if horizon is None and future is not None:
+        horizon = len(future) if columns.id is None else int(future.groupby(columns.id).size().max())
+
+    from diffusionz.chronos2 import LEVELS, Chronos2
+
+    with Chronos2(args.model, device=args.device, precision=args.precision, lora=args.lora) as model:
+        start = time.perf_counter()
+        forecast = model.forecast_df(
+            frame,
+            future_df=future,
+            id_column=columns.id,
+            timestamp_column=columns.timestamp,
+            target=columns.targets,
+            prediction_length=horizon,
+            quantile_levels=args.quantiles or LEVELS,
+            freq=_number_or_name(args.freq),
+            context_length=args.context_length,
+            cross_learning=args.cross_learning,
+            monotone=args.monotone,
+            constrain_ohlc=args.ohlc,
+            returns=args.returns,
+            progress=False if args.quiet else None,
+            to_frame=False,
+        )
+        seconds = time.perf_counter() - start
+        trends = forecast.trend if args.json else []
+        device, precision = model.device, model.precision
+    if args.output is not None:
+        tables.write_table(forecast.to_frame(), args.output)
+    if args.plot is not None:
+        forecast[: _plot.MOST_PANELS].plot(args.plot)
+    sentences = forecast.summary().splitlines()
+    if args.json:
+        trends = [trends] if isinstance(trends, str) else trends
+        _print_json(
+            {
+                "series": [
+                    _series_json(forecast, i, columns.id) | {"summary": sentence, "trend": trend}
+                    for i, (sentence, trend) in enumerate(zip(sentences, trends, strict=True))
+                ],
+                "horizon": forecast.horizon,
+                "levels": forecast.levels,
+                "model": args.model,
+                "device": device,
+                "precision": precision,
+                "timings_ms": {"forecast": round(seconds * 1e3, 3)},
+            }
+        )
+    elif not args.quiet and args.output != "-":
+        for sentence in sentences[:_MOST_SENTENCES]:
+            print(sentence)
+        if len(sentences) > _MOST_SENTENCES:
+            print(f"and {len(sentences) - _MOST_SENTENCES} more")
+        files = [file for file in (args.output, args.plot) if file is not None]
+        about = f"{len(forecast)} series, {forecast.horizon} steps, {seconds:.2f} s"
+        print("  ".join([*files, about]))
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     if args.target is None:
         from diffusionz.describe import describe_library
@@ -260,6 +407,66 @@ def _numbered(file: str, count: int) -> list[str]:
         return [file]
     stem, extension = os.path.splitext(file)
     return [f"{stem}-{i:0{len(str(count))}}{extension}" for i in range(1, count + 1)]
+
+
+def _names(text: str) -> list[str]:
+    """The names in COLUMN,..."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _levels(text: str) -> list[float]:
+    """The numbers in LEVEL,...; argparse says what was wrong."""
+    return [float(part) for part in text.split(",")]
+
+
+_levels.__name__ = "list of levels"  # argparse's word for it
+
+
+def _number_or_name(text: str | None) -> str | float | None:
+    """A frequency: a number, or pandas' name of one."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _series_file(file: str) -> str:
+    """`file`, or that of a series of the package when there is no such file."""
+    if file == "-" or os.path.exists(file):
+        return file
+    from diffusionz import datasets
+
+    if file in datasets.names():
+        return datasets.path(file)
+    if os.path.basename(file) == file and not os.path.splitext(file)[1]:
+        raise FileNotFoundError(2, f"no such file, and no series of that name ({', '.join(datasets.names())})", file)
+    return file
+
+
+def _called(frame: Any, name: str) -> str:
+    """The column that is called `name`, in any case."""
+    matches = [column for column in frame.columns if str(column).lower() == name]
+    if len(matches) != 1:
+        raise ArgumentError(f'--ohlc needs one column "{name}"; name the four with --target OPEN,HIGH,LOW,CLOSE')
+    return str(matches[0])
+
+
+def _series_json(forecast: Any, i: int, id_column: str | None) -> dict[str, Any]:
+    """One series of a forecast, in numbers."""
+    times = forecast.timestamps(i)
+    about: dict[str, Any] = {} if id_column is None else {"item_id": _json_value(forecast.item_ids[i])}
+    about["target"] = forecast.target_names[i]
+    if times is not None:
+        about["timestamps"] = [_json_value(time) for time in times]
+    about["mean"] = forecast.mean[i].tolist()
+    about["quantiles"] = {str(level): forecast.quantile(level)[i].tolist() for level in forecast.levels}
+    return about
+
+
+def _json_value(value: Any) -> Any:
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return value.item() if hasattr(value, "item") else value
 
 
 def _check_writable(file: str) -> None:

@@ -46,12 +46,19 @@ def describe_library() -> dict[str, Any]:
 def describe_model(model: str) -> dict[str, Any]:
     """A model's layout, and the parameters, precision and bytes of each component, from its files' headers.
 
-    `model` is what `ZImage` takes. Raises ModelError.
+    `model` is what `ZImage` or `Chronos2` takes; a short name that several bundled models share describes each, under
+    its full name. Raises ModelError.
     """
-    path = locate(model)
+    full_names = [name for name in bundled() if name.partition("-")[2] == model]
+    if len(full_names) > 1:
+        return {name: describe_model(name) for name in full_names}
+    path = locate(full_names[0] if full_names else model)
     about: dict[str, Any] = {"model": model, "path": path}
     if os.path.isfile(path):
         return about | {"layout": "single file", "components": {"all": _component([path])}}
+    config = os.path.join(path, "config.json")
+    if os.path.isfile(config) and (forecasting := _read_json(config).get("chronos_config")):
+        return about | _forecaster(path, forecasting)
     index = os.path.join(path, "model_index.json")
     if os.path.isfile(index):
         about |= {"layout": "diffusers", "pipeline": _read_json(index).get("_class_name")}
@@ -68,6 +75,23 @@ def describe_model(model: str) -> dict[str, Any]:
     if not components:
         raise ModelError(f"{path} holds no safetensors files in its folders: it is not a model")
     return about | {"components": components}
+
+
+def _forecaster(path: str, config: Any) -> dict[str, Any]:
+    """A Chronos-2's context length and horizon of one pass, in steps, its quantile levels and its files."""
+    try:
+        about = {
+            "layout": "chronos2",
+            "context_length": int(config["context_length"]),
+            "prediction_length": int(config["max_output_patches"]) * int(config["output_patch_size"]),
+            "quantile_levels": [float(level) for level in config["quantiles"]],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: config.json's chronos_config is damaged: {error!r}") from None
+    files = _safetensors_in(path)
+    if not files:
+        raise ModelError(f"{path} holds no safetensors file: it is not a model")
+    return about | {"components": {"model": _component(files)}}
 
 
 def _safetensors_in(folder: str) -> list[str]:

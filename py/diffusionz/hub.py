@@ -7,40 +7,45 @@ from typing import Any
 
 from diffusionz._errors import ArgumentError, ModelError
 
-# What a checkpoint in the diffusers layout needs. Weights in other formats, sample pictures and papers stay behind.
+# What a checkpoint needs, in the diffusers layout or Chronos-2's. Weights in other formats, sample pictures and papers
+# stay behind.
 NEEDED = ("*.json", "*.safetensors", "tokenizer/*")
+
+Path = str | os.PathLike[str]
+
+# The families of models. A bundled model's folder is called FAMILY-NAME.
+FAMILIES = ("zimage", "chronos2")
 
 _BUNDLED = os.path.join(os.path.dirname(__file__), "models")
 
 
-def bundled() -> dict[str, str]:
-    """The Z-Image models that came with the package: name -> folder."""
+def bundled(family: str | None = None) -> dict[str, str]:
+    """The models, of one family or of all, that came with the package: full name, such as "zimage-demo" -> folder."""
     try:
         folders = sorted(os.listdir(_BUNDLED))
     except FileNotFoundError:
         return {}
-    return {
-        folder.removeprefix("zimage-"): os.path.join(_BUNDLED, folder)
-        for folder in folders
-        if folder.startswith("zimage-")
-    }
+    families = FAMILIES if family is None else (family,)
+    return {folder: os.path.join(_BUNDLED, folder) for folder in folders if folder.partition("-")[0] in families}
 
 
-def locate(model: str | os.PathLike[str]) -> str:
+def locate(model: Path, family: str | None = None) -> str:
     """The path of `model`: a bundled model's name, a path, or a hub id "org/name" that was pulled before.
 
-    Nothing is downloaded. A bundled name wins over a folder of the same name (write ./demo for the folder).
-    Raises ModelError.
+    A bundled model goes by its full name ("chronos2-demo"), and within its `family` by the short one ("demo"). Nothing
+    is downloaded. A bundled name wins over a folder of the same name (write ./demo for the folder). Raises ModelError.
     """
     name = os.fspath(model)
     if not isinstance(name, str):
         raise TypeError("model must be a str or a path of str")
     if not name:
         raise ArgumentError('model is ""; it must be a folder, a bundled model\'s name, or a hub id')
-    if isinstance(model, str):
-        # A dictionary of all bundled models would need a listing; one name needs one look.
-        if os.path.basename(name) == name and os.path.isdir(folder := os.path.join(_BUNDLED, f"zimage-{name}")):
-            return folder
+    if isinstance(model, str) and os.path.basename(name) == name:
+        # A dictionary of all bundled models would need a listing; a name needs a look or two.
+        full_names = [name] if name.partition("-")[0] in FAMILIES else []
+        for full_name in [f"{family}-{name}", *full_names] if family else full_names:
+            if os.path.isdir(folder := os.path.join(_BUNDLED, full_name)):
+                return folder
     if os.path.exists(name):
         return name
     if isinstance(model, str) and (hub_id := _hub_id(name)):
@@ -48,7 +53,7 @@ def locate(model: str | os.PathLike[str]) -> str:
         if cached is None:
             raise ModelError(f"{name} is no folder and not in the local cache; fetch it with: diffusionz pull {name}")
         return cached
-    known = ", ".join(bundled()) or "none"
+    known = ", ".join(bundled(family)) or "none"
     raise ModelError(f"{name}: no such folder, and no bundled model of that name (bundled: {known})")
 
 

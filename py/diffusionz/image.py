@@ -6,12 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from diffusionz._errors import ArgumentError, ImageError
+from diffusionz.hub import Path
 
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
-
-Path = str | os.PathLike[str]
 
 # File extension -> what it is written as.
 FORMATS = {".webp": "webp", ".png": "png"}

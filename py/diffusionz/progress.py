@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # Indexed by DIFFUSIONZ_STAGE_*; tests/python holds them against the header.
-STAGES = ("idle", "queued", "text", "denoise", "decode", "done")
+STAGES = ("idle", "queued", "text", "denoise", "decode", "done", "forecast")
 
 
 class Progress(NamedTuple):
     """A moment of a running call."""
 
     stage: str
-    """One of "idle", "queued", "text", "denoise", "decode", "done"."""
+    """One of "idle", "queued", "text", "denoise", "decode", "done", "forecast"."""
     step: int
-    """Transformer steps done, over all pictures of the call."""
+    """Transformer steps done, over all pictures of the call; of a forecast, rows done."""
     step_count: int
-    """Transformer steps in all; 0 until it is known."""
+    """Steps, or rows, in all; 0 until it is known."""
     image: int
     """Pictures finished."""
     image_count: int
     queue_ms: float
-    """Milliseconds spent waiting so far; likewise the three below."""
+    """Milliseconds spent waiting so far; likewise the four below."""
     text_ms: float
     denoise_ms: float
     decode_ms: float
+    forecast_ms: float
 
 
 def read_progress(task: Any) -> Progress:
@@ -45,19 +47,20 @@ def read_progress(task: Any) -> Progress:
         now.text_ms,
         now.denoise_ms,
         now.decode_ms,
+        now.forecast_ms,
     )
 
 
 class Bar:
-    """A bar of transformer steps on stderr."""
+    """A bar on stderr of the steps, or rows, that are done."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
         from tqdm import tqdm
 
         class Quiet(tqdm):  # type: ignore[misc]
             monitor_interval = 0  # no thread that refreshes stalled bars: this one is refreshed from outside
 
-        self._bar: Any = Quiet(total=None, unit="step", leave=False, dynamic_ncols=True, file=sys.stderr)
+        self._bar: Any = Quiet(total=None, unit=unit, leave=False, dynamic_ncols=True, file=sys.stderr)
 
     def update(self, progress: Progress) -> None:
         self._bar.total = progress.step_count or None
@@ -71,23 +74,36 @@ class Bar:
 class Watch:
     """Shows the progress of one task to whoever wants to see it."""
 
-    def __init__(self, task: Any, on_progress: Callable[[Progress], object] | None, bar: bool | None) -> None:
-        if bar is None:
-            bar = sys.stderr is not None and sys.stderr.isatty()
+    def __init__(
+        self,
+        task: Any,
+        on_progress: Callable[[Progress], object] | None,
+        bar: bool | None,
+        *,
+        unit: str = "step",
+        patience: float = 0.0,
+    ) -> None:
+        """`bar`: whether to show one, after `patience` seconds; None shows it in a terminal."""
         self._task = task
         self._on_progress = on_progress
-        self._bar = Bar() if bar else None
+        self._unit = unit
+        self._bar: Bar | None = None
+        self._wants_bar = sys.stderr is not None and sys.stderr.isatty() if bar is None else bar
+        self._bar_from = time.monotonic() + patience
 
     @property
     def wanted(self) -> bool:
-        return self._bar is not None or self._on_progress is not None
+        return self._wants_bar or self._on_progress is not None
 
     def tick(self) -> None:
         if not self.wanted:
             return
         now = read_progress(self._task)
-        if self._bar is not None:
-            self._bar.update(now)
+        if self._wants_bar:
+            if self._bar is None and time.monotonic() >= self._bar_from:
+                self._bar = Bar(self._unit)
+            if self._bar is not None:
+                self._bar.update(now)
         if self._on_progress is not None:
             self._on_progress(now)
 

@@ -5,24 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diffusionz import _blocking
+from diffusionz._context import Model, watched
 from diffusionz._errors import ArgumentError, error_for
-from diffusionz.hub import locate
-from diffusionz.image import Image, Path, to_rgb
-from diffusionz.progress import Progress, Watch, read_progress
-
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
-PRECISIONS = {"auto": 0, "float32": 1, "bfloat16": 2}  # DIFFUSIONZ_PRECISION_*
+from diffusionz.hub import Path
+from diffusionz.image import Image, to_rgb
+from diffusionz.progress import Progress
 
 _MAX_PICTURES = 1024  # of one diffusionz_generate_batch
 
 
-class ZImage:
+class ZImage(Model):
     """A Z-Image model, loaded on a device.
 
         with ZImage("demo", device="cpu") as model:
@@ -42,10 +36,8 @@ class ZImage:
     on one device share its weights.
     """
 
-    model: str
-    """The model as it was asked for."""
-    path: str
-    """The folder or file that was loaded."""
+    _FAMILY = "zimage"
+
     info: dict[str, Any]
     """What the model is: family, path, device, precision, parameter counts, sizes allowed, scheduler."""
 
@@ -58,30 +50,22 @@ class ZImage:
         threads: int = 0,
         cuda_graphs: bool = True,
     ) -> None:
-        self._context: Any = None
-        self.model = os.fspath(model)
-        self.path = locate(model)
-        if precision not in PRECISIONS:
-            raise ArgumentError(f'precision is "{precision}"; it must be one of {", ".join(PRECISIONS)}')
-        from diffusionz._ffi import c_int, c_string, check, ffi, lib, text
+        super().__init__(model, device, precision)
+        from diffusionz._ffi import ffi, lib
 
         options = ffi.new("DiffusionZInitOptions *")
         lib.diffusionz_init_options_init(options)
-        options.device_id = _device_id(str(device))
-        options.precision = PRECISIONS[precision]
-        options.num_threads = c_int("threads", threads)
         options.cuda_graphs = bool(cuda_graphs)
-        path = c_string("model", self.path)
-
-        def load() -> Any:
-            out = ffi.new("DiffusionZContext **")
-            check(lib.diffusionz_init_with_options(path, options, out))
-            return ffi.gc(out[0], lib.diffusionz_free)
-
-        self._context = _blocking.run(load)
-        import json
-
-        self.info = json.loads(text(lib.diffusionz_model_info(self._context)))
+        self._load(
+            options,
+            device,
+            precision,
+            threads,
+            lib.diffusionz_init_with_options,
+            lib.diffusionz_free,
+            lib.diffusionz_model_info,
+            lib.diffusionz_memory_info,
+        )
 
     # --- Drawing ---
 
@@ -214,19 +198,8 @@ class ZImage:
             requests.structs[i].prompt = requests.string("prompt", text)
             requests.structs[i].seed = seed + i
 
-        task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
-        watch = Watch(task, on_progress, progress)
         start = time.perf_counter()
-        try:
-            drawn = _blocking.run(
-                lambda: requests.draw(context, task),
-                tick=watch.tick if watch.wanted else None,
-                cancel=lambda: lib.diffusionz_task_cancel(task),
-            )
-            watch.tick()
-        finally:
-            watch.close()
-        end = read_progress(task)
+        drawn, end = watched(lambda task: requests.draw(context, task), on_progress, progress)
         timings = {
             "queue": end.queue_ms,
             "text": end.text_ms,
@@ -253,54 +226,6 @@ class ZImage:
         from diffusionz._ffi import check, lib
 
         check(lib.diffusionz_unload_lora(self._alive()))
-
-    # --- Life ---
-
-    @property
-    def device(self) -> str:
-        """ "cpu" or "cuda:0"."""
-        return str(self.info["device"])
-
-    @property
-    def precision(self) -> str:
-        """ "float32" or "bfloat16"."""
-        return str(self.info["precision"])
-
-    @property
-    def memory(self) -> dict[str, int]:
-        """Bytes on the model's device: "weights_bytes", shared by "shared_by" objects of the same model, and
-        "lora_bytes", this object's own."""
-        from diffusionz._ffi import check, ffi, lib
-
-        info = ffi.new("DiffusionZMemoryInfo *", {"struct_size": ffi.sizeof("DiffusionZMemoryInfo")})
-        check(lib.diffusionz_memory_info(self._alive(), info))
-        return {name: getattr(info, name) for name in ("weights_bytes", "lora_bytes", "shared_by")}
-
-    def close(self) -> None:
-        """Frees the model, once calls that still run have returned. A second call is quiet."""
-        # The context is freed when its last reference goes, and a running call holds one: nothing waits here, and
-        # nothing is freed under a call.
-        self._context = None
-
-    def _alive(self) -> Any:
-        if self._context is None:
-            raise ArgumentError(f"{self!r} was closed")
-        return self._context
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        if self._context is None:
-            return f"<ZImage {self.model}, closed>"
-        memory = self.memory
-        mebibytes = (memory["weights_bytes"] + memory["lora_bytes"]) / 2**20
-        return f"<ZImage {self.model} on {self.device}, {self.precision}, {mebibytes:.1f} MiB>"
 
 
 class _Requests:
@@ -349,17 +274,3 @@ class _Requests:
         finally:
             for i in range(self.count):
                 lib.diffusionz_free_result(ffi.addressof(results[i]))
-
-
-def _device_id(device: str) -> int:
-    """The ABI's number for a device's name."""
-    kind, colon, index = device.partition(":")
-    if device == "auto":
-        from diffusionz._ffi import lib
-
-        return 0 if lib.diffusionz_device_count() > 0 else -1
-    if device == "cpu":
-        return -1
-    if kind == "cuda" and (not colon or (index.isascii() and index.isdigit() and len(index) <= 4)):
-        return int(index or 0)
-    raise ArgumentError(f'device is "{device}"; it must be auto, cpu, cuda, or cuda:N')

@@ -28,8 +28,9 @@ def test_the_library() -> None:
     assert pathlib.Path(about["include_dir"], "diffusionz_c_api.h").is_file()
     assert pathlib.Path(about["library_dir"], "libdiffusionz.so").is_file()
     assert pathlib.Path(about["pkgconfig_dir"], "diffusionz.pc").is_file()
-    for folder in about["bundled_models"].values():
-        assert pathlib.Path(folder, "model_index.json").is_file()
+    for name, folder in about["bundled_models"].items():
+        config = "model_index.json" if name.startswith("zimage-") else "config.json"
+        assert pathlib.Path(folder, config).is_file()
     text = run().stdout
     assert f"version: {diffusionz.__version__}\n" in text
     assert "demo" in text
@@ -50,8 +51,24 @@ def test_a_model(tiny_model: pathlib.Path) -> None:
 
 
 def test_a_bundled_model_by_name() -> None:
-    done = run("demo", "--json")
-    assert json.loads(done.stdout)["model"] == "demo", done.stderr
+    bundled = json.loads(run("--json").stdout)["bundled_models"]
+    for name in bundled:
+        done = run(name, "--json")
+        assert json.loads(done.stdout)["model"] == name, done.stderr
+
+
+def test_a_name_that_models_share_describes_each() -> None:
+    bundled = json.loads(run("--json").stdout)["bundled_models"]
+    sharing = [name for name in bundled if name.endswith("-demo")]
+    about = json.loads(run("demo", "--json").stdout)
+    assert list(about) == sharing if len(sharing) > 1 else about["model"] == "demo"
+
+
+def test_a_forecaster(tiny_chronos: pathlib.Path) -> None:
+    about = json.loads(run(tiny_chronos, "--json").stdout)
+    assert about["layout"] == "chronos2"
+    assert (about["context_length"], about["prediction_length"], len(about["quantile_levels"])) == (8192, 1024, 21)
+    assert about["components"]["model"]["parameters"] > 0
 
 
 def test_a_picture(engine: diffusionz.ZImage, tmp_path: pathlib.Path) -> None:

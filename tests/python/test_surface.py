@@ -11,19 +11,19 @@ import sys
 import pytest
 
 import diffusionz
-from diffusionz import ZImage
+from diffusionz import Chronos2, ZImage
+from diffusionz._context import PRECISIONS
 from diffusionz._errors import BY_STATUS
 from diffusionz._ffi import ffi, lib
 from diffusionz.progress import STAGES
-from diffusionz.zimage import PRECISIONS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-HEADER = (ROOT / "diffusionz" / "include" / "diffusionz_c_api.h").read_text()
+HEADERS = "".join(path.read_text() for path in sorted((ROOT / "diffusionz" / "include").glob("*_c_api.h")))
 
 
 def constants(prefix: str) -> dict[str, int]:
-    """NAME -> value of the header's constants that begin with `prefix`."""
-    return {name.removeprefix(prefix): getattr(lib, name) for name in re.findall(rf"\b{prefix}\w+(?= =)", HEADER)}
+    """NAME -> value of the headers' constants that begin with `prefix`."""
+    return {name.removeprefix(prefix): getattr(lib, name) for name in re.findall(rf"\b{prefix}\w+(?= =)", HEADERS)}
 
 
 def test_names_are_listed_and_there() -> None:
@@ -81,6 +81,18 @@ def test_defaults_are_the_librarys() -> None:
     load = {name: p.default for name, p in inspect.signature(ZImage).parameters.items()}
     assert (load["threads"], load["cuda_graphs"]) == (options.num_threads, bool(options.cuda_graphs))
     assert PRECISIONS[load["precision"]] == options.precision
+    chronos = ffi.new("ChronosRequest *")
+    lib.chronos_request_init(chronos)
+    defaults = {name: p.default for name, p in inspect.signature(Chronos2.forecast).parameters.items()}
+    for name in ("monotone", "constrain_ohlc"):
+        assert defaults[name] == getattr(chronos, name), name
+    chronos_options = ffi.new("ChronosInitOptions *")
+    lib.chronos_init_options_init(chronos_options)
+    load = {name: p.default for name, p in inspect.signature(Chronos2).parameters.items()}
+    assert load["threads"] == chronos_options.num_threads
+    assert load["working_memory_bytes"] == chronos_options.working_memory_bytes
+    assert (load["lora"], chronos_options.lora_path) == (None, ffi.NULL)
+    assert PRECISIONS[load["precision"]] == chronos_options.precision
     for default in ("quality",):
         assert inspect.signature(diffusionz.Image.save).parameters[default].default == getattr(request, default)
         assert inspect.signature(diffusionz.Image.encode).parameters[default].default == getattr(request, default)
@@ -96,15 +108,25 @@ def test_generate_and_generate_batch_have_the_same_parameters() -> None:
         assert one[name].annotation == many[name].annotation
 
 
+def test_forecast_and_forecast_df_have_the_same_parameters() -> None:
+    of_arrays = inspect.signature(Chronos2.forecast).parameters
+    of_frames = inspect.signature(Chronos2.forecast_df).parameters
+    shared = [name for name in of_arrays if name not in ("self", "inputs", "group_ids")]
+    for name in shared:
+        assert of_arrays[name].default == of_frames[name].default, name
+        assert of_arrays[name].annotation == of_frames[name].annotation, name
+
+
 def test_every_function_of_the_abi_is_used() -> None:
     """What Python does not need is listed, with the reason; whatever else is unused is forgotten."""
     not_needed = {
-        "diffusionz_init",  # _with_options
+        "chronos_init",  # _with_options
+        "diffusionz_init",
         "diffusionz_generate",  # _batch
         "diffusionz_status_name",  # the classes' names
     }
     source = "".join(path.read_text() for path in (ROOT / "py" / "diffusionz").glob("*.py"))
-    for name in re.findall(r"^DIFFUSIONZ_API .*?(\w+)\(", HEADER, re.MULTILINE):
+    for name in re.findall(r"^DIFFUSIONZ_API .*?(\w+)\(", HEADERS, re.MULTILINE):
         assert bool(re.search(rf"lib\.{name}\b", source)) != (name in not_needed), name
 
 
@@ -121,6 +143,7 @@ def test_importing_loads_neither_torch_nor_the_library() -> None:
         " 'libtorch' in open('/proc/self/maps').read())"
     )
     assert loaded == "False False"
+    assert python("import sys; from diffusionz import Chronos2; print('numpy' in sys.modules)") == "False"
 
 
 def test_importing_takes_under_a_fifth_of_a_second() -> None:
