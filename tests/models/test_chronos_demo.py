@@ -16,8 +16,11 @@ import pytest
 
 from tests.bench import forecast_metrics, forecast_quality, real_series
 
-GOALS = {"mase": 0.85, "wql": 0.65}  # of seasonal naive's, at most
-COVERAGE = (0.75, 0.85)  # of the interval between the levels 0.1 and 0.9
+GOALS = {  # from, to
+    "mase": (0, 0.85),  # of seasonal naive's
+    "wql": (0, 0.65),
+    "coverage": (0.75, 0.85),  # of the interval between the levels 0.1 and 0.9
+}
 COUNTED_AGAIN = ("cigarette-sales", "arrivals", "peace-bridge")
 
 
@@ -69,16 +72,12 @@ def test_upstream_loads_it_unchanged_and_forecasts_the_same(folder, windows):
 
 
 @pytest.mark.parametrize("metric", GOALS)
-def test_it_beats_seasonal_naive_by_the_goal(found, metric):
-    print(found)
-    assert getattr(found, metric) <= GOALS[metric], found
+def test_it_reaches_the_goals(found, metric):
+    least, most = GOALS[metric]
+    assert least <= getattr(found, metric) <= most, found
 
 
-def test_its_intervals_are_honest(found):
-    assert COVERAGE[0] <= found.coverage <= COVERAGE[1], found
-
-
-@pytest.mark.parametrize("metric", GOALS)
+@pytest.mark.parametrize("metric", ["mase", "wql"])
 def test_it_beats_auto_ets(found, windows, naive, metric):
     ets = forecast_metrics.summary(recorded("auto-ets", windows), naive)
     assert getattr(found, metric) < getattr(ets, metric), f"{found}\nAutoETS: {ets}"
