@@ -13,6 +13,7 @@
 #include <unordered_map>
 
 #include "chronos/quantiles.h"
+#include "chronos/unrolling.h"
 #include "core/device.h"
 #include "core/error.h"
 
@@ -24,8 +25,6 @@ constexpr int64_t kLevelCountMax = 1000;
 // Enough rows to fill the cores, few enough to stay near the caches; a GPU wants more at once.
 constexpr int64_t kWorkingMemoryCpu = int64_t{64} << 20, kWorkingMemoryCuda = int64_t{2} << 30;
 constexpr int64_t kWorkingMemoryMin = int64_t{1} << 20;
-// Past one pass's horizon the forecast goes on from these paths (upstream's unrolled_quantiles).
-const std::vector<double> kPathLevels = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9};
 
 int64_t row_length(const ChronosRequest& request, int64_t row) {
     return request.context_offsets[row + 1] - request.context_offsets[row];
@@ -241,31 +240,30 @@ std::vector<Row> Engine::rows_of(const ChronosRequest& request, std::span<const 
 }
 
 template <class Visit>
-void Engine::in_chunks(const Batch& batch, int64_t output_patches, int64_t copies, Visit&& visit) const {
+void Engine::in_chunks(const std::vector<Group>& groups, const std::vector<int64_t>& tokens, int64_t output_patches,
+                       int64_t copies, Visit&& visit) const {
     const int64_t budget = std::max<int64_t>(1, working_memory_bytes_ / model_->token_nbytes());
-    for (size_t first = 0; first < batch.groups.size();) {
-        int64_t tokens = 0;
+    for (size_t first = 0; first < groups.size();) {
+        int64_t total = 0;
         size_t last = first;
-        while (last < batch.groups.size()) {
-            const int64_t more = copies * (batch.tokens[last] + batch.groups[last].row_count * output_patches);
-            if (last > first && tokens + more > budget) break;
-            tokens += more;
+        while (last < groups.size()) {
+            const int64_t more = copies * (tokens[last] + groups[last].row_count * output_patches);
+            if (last > first && total + more > budget) break;
+            total += more;
             ++last;
         }
         // The kernel promises memory that it does not have and ends the process that uses it: so it is asked before.
-        if (model_->placement().device.is_cpu() && tokens > budget) {
-            const int64_t needed = tokens * model_->token_nbytes(), free = host_free_memory();
+        if (model_->placement().device.is_cpu() && total > budget) {
+            const int64_t needed = total * model_->token_nbytes(), free = host_free_memory();
             if (needed > free) {
-                fail(DIFFUSIONZ_E_OUT_OF_MEMORY, "a group of ", batch.groups[first].row_count, " rows needs about ", needed >> 20,
+                fail(DIFFUSIONZ_E_OUT_OF_MEMORY, "a group of ", groups[first].row_count, " rows needs about ", needed >> 20,
                      " MiB at once; the host has ", free >> 20, " MiB free");
             }
         }
-        const int64_t begin = batch.groups[first].row_begin,
-                      end = batch.groups[last - 1].row_begin + batch.groups[last - 1].row_count;
-        std::vector<Group> groups(batch.groups.begin() + static_cast<int64_t>(first),
-                                  batch.groups.begin() + static_cast<int64_t>(last));
-        for (Group& group : groups) group.row_begin -= begin;
-        visit(begin, end, groups);
+        const int64_t begin = groups[first].row_begin, end = groups[last - 1].row_begin + groups[last - 1].row_count;
+        std::vector<Group> chunk(groups.begin() + static_cast<int64_t>(first), groups.begin() + static_cast<int64_t>(last));
+        for (Group& group : chunk) group.row_begin -= begin;
+        visit(begin, end, chunk);
         first = last;
     }
 }
@@ -296,115 +294,44 @@ std::vector<float> Engine::predict(const std::vector<Row>& rows, const std::vect
 std::vector<float> Engine::predict_unrolled(const std::vector<Row>& rows, const std::vector<Group>& groups,
                                             int64_t prediction_length, const Task& task) const {
     const ModelConfig& config = model_->config();
-    const int64_t patch = config.patch, levels = static_cast<int64_t>(config.quantiles.size());
-    const int64_t paths = static_cast<int64_t>(kPathLevels.size());
-    const auto patches_for = [&](int64_t steps) { return std::min((steps + patch - 1) / patch, config.max_output_patches); };
-    std::vector<float> step_quantiles = predict(rows, groups, patches_for(prediction_length));
-    int64_t steps = patches_for(prediction_length) * patch;
-    if (steps == prediction_length) return step_quantiles;
+    const auto patches_for = [&](int64_t steps) {
+        return std::min((steps + config.patch - 1) / config.patch, config.max_output_patches);
+    };
+    int64_t patches = patches_for(prediction_length), steps = patches * config.patch;
+    std::vector<float> quantiles = predict(rows, groups, patches);
+    if (steps == prediction_length) return quantiles;
 
-    std::vector<float> all(rows.size() * static_cast<size_t>(levels * prediction_length));
+    const size_t series_count = rows.size() * config.quantiles.size();
+    std::vector<float> all(series_count * static_cast<size_t>(prediction_length));
     const auto keep = [&](int64_t done) {
-        const int64_t count = std::min(steps, prediction_length - done);
-        for (size_t row = 0; row < rows.size(); ++row) {
-            for (size_t level = 0; level < static_cast<size_t>(levels); ++level) {
-                const size_t series = row * static_cast<size_t>(levels) + level;
-                std::copy_n(step_quantiles.begin() + static_cast<int64_t>(series) * steps, count,
-                            all.begin() + static_cast<int64_t>(series) * prediction_length + done);
-            }
+        for (size_t series = 0; series < series_count; ++series) {
+            std::copy_n(quantiles.begin() + static_cast<int64_t>(series) * steps, std::min(steps, prediction_length - done),
+                        all.begin() + static_cast<int64_t>(series) * prediction_length + done);
         }
     };
     keep(0);
     if (steps >= prediction_length) return all;
 
-    // Every row goes on along each path; rows of a group meet those of the same path.
-    const int64_t row_count = static_cast<int64_t>(rows.size());
-    std::vector<std::vector<float>> contexts(static_cast<size_t>(row_count * paths));
-    for (int64_t row = 0; row < row_count; ++row) {
-        const Row& from = rows[static_cast<size_t>(row)];
-        for (int64_t path = 0; path < paths; ++path)
-            contexts[static_cast<size_t>(row * paths + path)].assign(from.context, from.context + from.context_length);
-    }
-    const std::vector<double> path_masses = probability_masses(kPathLevels), level_masses = probability_masses(config.quantiles);
-
-    for (int64_t done = steps; done < prediction_length;) {
-        at::parallel_for(0, row_count, 1, [&](int64_t begin, int64_t end) {
-            std::vector<float> values(static_cast<size_t>(levels)), on_paths(static_cast<size_t>(paths));
-            for (int64_t row = begin; row < end; ++row) {
-                const Row& from = rows[static_cast<size_t>(row)];
-                for (int64_t step = 0; step < steps; ++step) {
-                    for (int64_t level = 0; level < levels; ++level)
-                        values[static_cast<size_t>(level)] =
-                            step_quantiles[static_cast<size_t>((row * levels + level) * steps + step)];
-                    interpolate_quantiles(config.quantiles, values.data(), kPathLevels, on_paths.data());
-                    const int64_t at = done - steps + step;
-                    const float known = from.future && at < from.future_length ? from.future[at] : NAN;
-                    for (int64_t path = 0; path < paths; ++path) {
-                        contexts[static_cast<size_t>(row * paths + path)].push_back(
-                            std::isnan(known) ? on_paths[static_cast<size_t>(path)] : known);
-                    }
-                }
-                for (int64_t path = 0; path < paths; ++path) {
-                    auto& context = contexts[static_cast<size_t>(row * paths + path)];
-                    const int64_t over = static_cast<int64_t>(context.size()) - config.context_length;
-                    if (over > 0) context.erase(context.begin(), context.begin() + over);
-                }
-            }
-        });
-
-        const int64_t output_patches = patches_for(prediction_length - done), next_steps = output_patches * patch;
-        std::vector<float> next(static_cast<size_t>(row_count * levels * next_steps));
-        // Group by group and path by path, within the budget: the paths make one row nine.
-        Batch batch;
-        std::vector<Row> path_rows;
-        for (const Group& group : groups) {
-            for (int64_t path = 0; path < paths; ++path) {
-                batch.groups.push_back({static_cast<int64_t>(path_rows.size()), group.row_count});
-                batch.tokens.push_back(0);
-                for (int64_t row = group.row_begin; row < group.row_begin + group.row_count; ++row) {
-                    const Row& from = rows[static_cast<size_t>(row)];
-                    const auto& context = contexts[static_cast<size_t>(row * paths + path)];
-                    const bool knows = from.future && from.future_length > done;
-                    path_rows.push_back({context.data(), static_cast<int64_t>(context.size()),
-                                         knows ? from.future + done : nullptr, knows ? from.future_length - done : 0});
-                    batch.tokens.back() += token_count_max(config, path_rows.back().context_length, 0);
-                    batch.rows.push_back(row * paths + path);
-                }
-            }
+    Unrolling unrolling(config, rows, groups);
+    for (int64_t done = steps; done < prediction_length; done += steps) {
+        unrolling.extend(quantiles, steps);
+        patches = patches_for(prediction_length - done), steps = patches * config.patch;
+        const int64_t size = static_cast<int64_t>(config.quantiles.size()) * steps;
+        std::vector<float> on_paths(unrolling.rows().size() * static_cast<size_t>(size));
+        std::vector<int64_t> tokens;
+        for (const Group& group : unrolling.groups()) {
+            tokens.push_back(0);
+            for (int64_t row = group.row_begin; row < group.row_begin + group.row_count; ++row)
+                tokens.back() += token_count_max(config, unrolling.rows()[static_cast<size_t>(row)].context_length, 0);
         }
-        std::vector<float> on_paths(static_cast<size_t>(row_count * paths * levels * next_steps));
-        in_chunks(batch, output_patches, 1, [&](int64_t begin, int64_t end, const std::vector<Group>& path_groups) {
+        in_chunks(unrolling.groups(), tokens, patches, 1, [&](int64_t begin, int64_t end, const std::vector<Group>& chunk) {
             task.check();
-            const std::vector<float> part =
-                predict({path_rows.begin() + begin, path_rows.begin() + end}, path_groups, output_patches);
-            const int64_t size = levels * next_steps;
-            for (int64_t row = begin; row < end; ++row)
-                std::copy_n(part.begin() + (row - begin) * size, size,
-                            on_paths.begin() + batch.rows[static_cast<size_t>(row)] * size);
+            const auto& path_rows = unrolling.rows();
+            const std::vector<float> part = predict({path_rows.begin() + begin, path_rows.begin() + end}, chunk, patches);
+            std::copy(part.begin(), part.end(), on_paths.begin() + begin * size);
         });
-        // A step's samples are every path's every quantile.
-        at::parallel_for(0, row_count, 1, [&](int64_t begin, int64_t end) {
-            std::vector<Weighted> samples(static_cast<size_t>(paths * levels));
-            std::vector<float> mixed(static_cast<size_t>(levels));
-            for (int64_t row = begin; row < end; ++row) {
-                for (int64_t step = 0; step < next_steps; ++step) {
-                    for (int64_t path = 0; path < paths; ++path) {
-                        for (int64_t level = 0; level < levels; ++level) {
-                            samples[static_cast<size_t>(path * levels + level)] = {
-                                on_paths[static_cast<size_t>(((row * paths + path) * levels + level) * next_steps + step)],
-                                path_masses[static_cast<size_t>(path)] * level_masses[static_cast<size_t>(level)]};
-                        }
-                    }
-                    weighted_quantiles(samples, config.quantiles, mixed.data());
-                    for (int64_t level = 0; level < levels; ++level)
-                        next[static_cast<size_t>((row * levels + level) * next_steps + step)] = mixed[static_cast<size_t>(level)];
-                }
-            }
-        });
-        step_quantiles = std::move(next);
-        steps = next_steps;
+        quantiles = unrolling.mix(on_paths, steps);
         keep(done);
-        done += steps;
     }
     return all;
 }
@@ -427,30 +354,31 @@ void Engine::forecast(const ChronosRequest& request, Task& task, float* out) {
         place[static_cast<size_t>(row)] = is_target(request, row) ? targets++ : -1;
 
     const int64_t first_patches = std::min((horizon + config.patch - 1) / config.patch, config.max_output_patches);
-    const int64_t copies = horizon > config.horizon() ? static_cast<int64_t>(kPathLevels.size()) : 1;
-    in_chunks(batch, first_patches, copies, [&](int64_t begin, int64_t end, const std::vector<Group>& groups) {
-        task.check();
-        const std::vector<Row> rows = rows_of(request, {batch.rows.begin() + begin, batch.rows.begin() + end}, horizon);
-        const std::vector<float> quantiles = predict_unrolled(rows, groups, horizon, task);
-        at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
-            std::vector<float> values(static_cast<size_t>(native)), at_levels(wanted.size());
-            for (int64_t i = from; i < to; ++i) {
-                const int64_t target = place[static_cast<size_t>(batch.rows[static_cast<size_t>(i)])];
-                if (target < 0) continue;
-                for (int64_t step = 0; step < horizon; ++step) {
-                    for (int64_t level = 0; level < native; ++level)
-                        values[static_cast<size_t>(level)] =
-                            quantiles[static_cast<size_t>(((i - begin) * native + level) * horizon + step)];
-                    // Rearrangement (Chernozhukov et al. 2010): sorted quantiles are never further from the true ones.
-                    if (request.monotone) std::sort(values.begin(), values.end());
-                    interpolate_quantiles(config.quantiles, values.data(), wanted, at_levels.data());
-                    for (int64_t level = 0; level < level_count; ++level)
-                        out[(target * level_count + level) * horizon + step] = at_levels[static_cast<size_t>(level)];
-                }
-            }
-        });
-        task.add_steps(static_cast<int32_t>(end - begin));
-    });
+    const int64_t copies = horizon > config.horizon() ? Unrolling::kPaths : 1;
+    in_chunks(batch.groups, batch.tokens, first_patches, copies,
+              [&](int64_t begin, int64_t end, const std::vector<Group>& groups) {
+                  task.check();
+                  const std::vector<Row> rows = rows_of(request, {batch.rows.begin() + begin, batch.rows.begin() + end}, horizon);
+                  const std::vector<float> quantiles = predict_unrolled(rows, groups, horizon, task);
+                  at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
+                      std::vector<float> values(static_cast<size_t>(native)), at_levels(wanted.size());
+                      for (int64_t i = from; i < to; ++i) {
+                          const int64_t target = place[static_cast<size_t>(batch.rows[static_cast<size_t>(i)])];
+                          if (target < 0) continue;
+                          for (int64_t step = 0; step < horizon; ++step) {
+                              for (int64_t level = 0; level < native; ++level)
+                                  values[static_cast<size_t>(level)] =
+                                      quantiles[static_cast<size_t>(((i - begin) * native + level) * horizon + step)];
+                              // Rearrangement (Chernozhukov et al. 2010): sorted quantiles are never further from the true ones.
+                              if (request.monotone) std::sort(values.begin(), values.end());
+                              interpolate_quantiles(config.quantiles, values.data(), wanted, at_levels.data());
+                              for (int64_t level = 0; level < level_count; ++level)
+                                  out[(target * level_count + level) * horizon + step] = at_levels[static_cast<size_t>(level)];
+                          }
+                      }
+                  });
+                  task.add_steps(static_cast<int32_t>(end - begin));
+              });
     if (!request.constrain_ohlc) return;
     const int64_t size = level_count * horizon;
     for (int64_t candle = 0; candle < targets / 4; ++candle) {
@@ -472,7 +400,7 @@ void Engine::embed(const ChronosRequest& request, Task& task, float* values, flo
     const std::vector<int64_t> offsets = embedding_offsets(request);
     std::fill_n(values, offsets.back() * config.d_model, NAN);  // patches without an observation have no token
     const Batch batch = arrange(request);
-    in_chunks(batch, 1, 1, [&](int64_t begin, int64_t end, const std::vector<Group>& groups) {
+    in_chunks(batch.groups, batch.tokens, 1, 1, [&](int64_t begin, int64_t end, const std::vector<Group>& groups) {
         task.check();
         const std::vector<Row> rows = rows_of(request, {batch.rows.begin() + begin, batch.rows.begin() + end}, 0);
         const Tokens tokens = make_tokens(config, rows, groups, 1, model_->folds_single_groups());
@@ -496,7 +424,7 @@ void Engine::embed(const ChronosRequest& request, Task& task, float* values, flo
 std::string Engine::info() const {
     const ModelConfig& config = model_->config();
     nlohmann::ordered_json json;
-    json["family"] = "chronos-2";
+    json["family"] = "chronos2";
     json["path"] = model_->folders().model.string();
     if (!model_->folders().lora.empty()) json["lora"] = model_->folders().lora.string();
     json["device"] = model_->placement().device.str();

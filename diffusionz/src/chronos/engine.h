@@ -50,10 +50,12 @@ private:
     Batch arrange(const ChronosRequest& request) const;
     // What a pass reads of the request's `rows`; with horizon 0 nothing of their future.
     std::vector<Row> rows_of(const ChronosRequest& request, std::span<const int64_t> rows, int64_t horizon) const;
-    // Calls visit(begin, end, groups) for runs of the batch's rows whose tokens fit the budget, `copies` of each row; `groups`
-    // are those of the run, counted from its begin. A group is never cut: one that is over the budget is a run of its own.
+    // Calls visit(begin, end, chunk) for runs of groups, rows begin to end, whose tokens fit the budget with `copies` of each
+    // row; `chunk` are the run's groups, counted from its begin. A group is never cut: one that is over the budget is a run of
+    // its own. `tokens` are each group's, without outputs.
     template <class Visit>
-    void in_chunks(const Batch& batch, int64_t output_patches, int64_t copies, Visit&& visit) const;
+    void in_chunks(const std::vector<Group>& groups, const std::vector<int64_t>& tokens, int64_t output_patches, int64_t copies,
+                   Visit&& visit) const;
     // Quantiles of one pass, unscaled: [rows, quantiles, output_patches * patch].
     std::vector<float> predict(const std::vector<Row>& rows, const std::vector<Group>& groups, int64_t output_patches) const;
     // The same for any horizon: [rows, quantiles, prediction_length].

@@ -18,7 +18,7 @@ template <int Rows, int Bytes>
         const V left = *reinterpret_cast<const V*>(b + i * ldb), right = *reinterpret_cast<const V*>(b + i * ldb + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-            const V factor = V{} + a[r * lda + i];  // in every lane
+            const V factor = a[r * lda + i] - V{};  // in every lane
             sum[r][0] += factor * left;
             sum[r][1] += factor * right;
         }
