@@ -113,7 +113,7 @@ OF_ROWS: dict[str, tuple[Change, list[str]]] = {
     "offsets from 1": (value("context_offsets", 0, 1), ["context_offsets[0]", "1", "0"]),
     "an empty row": (value("context_offsets", 2, 40), ["row 1", "0 values", "at least one"]),
     "descending offsets": (value("context_offsets", 2, 30), ["row 1", "30"]),
-    "offset -2^63": (value("context_offsets", 2, -(2**63)), ["row 1"]),
+    "offset -2^63": (value("context_offsets", 4, -(2**63)), ["row 3"]),
     "offset 2^63-1, then less": (value("context_offsets", 1, 2**63 - 1), ["row 1"]),
     "infinity": (value("context", 42, INF), ["row 1", "infinite", "2", "NaN"]),
     "minus infinity": (value("context", 39, -INF), ["row 0", "infinite", "39"]),
@@ -550,7 +550,7 @@ def test_a_mutated_config_loads_or_is_refused(broken: pathlib.Path) -> None:
         else:
             assert last_error()
         outcomes[status] = outcomes.get(status, 0) + 1
-    assert min(outcomes.get(0, 0), outcomes.get(E["MODEL"], 0)) > 100, outcomes
+    assert min(outcomes.get(0, 0), outcomes.get(E["MODEL"], 0)) > 50, outcomes
 
 
 def test_a_mutated_adapter_config_loads_or_is_refused(tiny_chronos: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
 def series(length, seed=0, level=None, scale=None):
     """A seasonal walk, float32 [length]; level and scale are drawn where they are not given."""
     rng = np.random.default_rng(seed)
-    level = rng.normal(0, 20) if level is None else level
+    level = rng.normal(0, 5) if level is None else level
     scale = rng.lognormal(0, 1) if scale is None else scale
     season = np.sin(2 * np.pi * np.arange(length) / rng.integers(5, 30) + rng.uniform(0, 6))
     walk = np.cumsum(rng.normal(0, 0.2, length)) + season + rng.normal(0, 0.2, length)

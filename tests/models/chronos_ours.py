@@ -109,6 +109,7 @@ class Embedding:
 class Engine:
     """A loaded model. Options are ChronosInitOptions' fields."""
 
+    FLOAT32: int = lib.DIFFUSIONZ_PRECISION_FLOAT32
     BFLOAT16: int = lib.DIFFUSIONZ_PRECISION_BFLOAT16
 
     def __init__(self, folder: pathlib.Path | str, **options: Any) -> None:

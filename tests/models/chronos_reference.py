@@ -16,6 +16,17 @@ with warnings.catch_warnings():
 UNROLLED_LEVELS = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])  # the default of upstream's predict
 
 
+def scale_in_float64(norm, x, loc_scale=None):
+    """InstanceNorm.forward with the mean and the deviation in float64. Upstream's are off by roundings of the level."""
+    wide = x.double()
+    if loc_scale is None:
+        loc = torch.nan_to_num(wide.nanmean(dim=-1, keepdim=True), nan=0.0).float()
+        scale = torch.nan_to_num((wide - loc).square().nanmean(dim=-1, keepdim=True).sqrt(), nan=1.0).float()
+        loc_scale = loc, torch.where(scale == 0, norm.eps, scale)
+    scaled = ((wide - loc_scale[0]) / loc_scale[1]).float()
+    return (torch.arcsinh(scaled) if norm.use_arcsinh else scaled), loc_scale
+
+
 class WithoutRegister(Chronos2Model):
     """Upstream's forward asserts that there is a register token, though the rest of the model does without one."""
 

@@ -140,13 +140,17 @@ class RandomChronos:
     """A checkpoint on disk, the reference that reads it, and the engine on it."""
 
     def __init__(self, name: str, folder: pathlib.Path) -> None:
+        self.name, self.folder = name, folder
+        config = json.loads((folder / "config.json").read_text())["chronos_config"]
+        self.patch: int = config["input_patch_size"]  # steps
+        self.context_length: int = config["context_length"]  # steps
+        self.horizon: int = config["max_output_patches"] * self.patch  # steps of one pass
+
+    @functools.cached_property
+    def pipe(self):
         from tests.models import chronos_reference as reference
 
-        self.name, self.folder = name, folder
-        self.pipe = reference.load_pipeline(folder)
-        self.patch: int = self.pipe.model_output_patch_size  # steps
-        self.context_length: int = self.pipe.model_context_length  # steps
-        self.horizon: int = self.pipe.model_prediction_length  # steps of one pass
+        return reference.load_pipeline(self.folder)
 
     @functools.cached_property
     def engine(self) -> Engine:

@@ -100,7 +100,7 @@ def test_every_stage_is_upstreams(chronos_model, run_pass, name):
     register = chronos_model.pipe.model.chronos_config.use_reg_token
     last = expected["norm"].shape[1] - outputs - 1 if register else -1
     patch = columns != last
-    columns = columns[patch] - (columns[patch] > last if register else 0)
+    columns = columns[patch] - register * (columns[patch] > last).long()
     parity.assert_parity("patches", ours["features"][patch], expected["features"][rows[patch], columns], name)
 
 
