@@ -78,7 +78,7 @@ typedef struct {
     const int64_t *group_ids;       /* [row_count]: rows of one id attend to each other, wherever they stand; NULL: each alone (default) */
     const int32_t *row_kinds;       /* [row_count] of CHRONOS_ROW_*; NULL: all targets (default) */
     const float *future;            /* [row_count, prediction_length]: values known in advance, NaN where not; NULL: none are (default) */
-    const double *quantile_levels;  /* [level_count], ascending, each over 0 and under 1; levels that the model has are given as they are, others
+    const double *quantile_levels;  /* [level_count], ascending, each over 0 and under 1; levels that the model has, within 1e-6, are as it gives them, others
                                        are interpolated linearly and end at the model's outermost */
     int64_t prediction_length;      /* steps, 1..1048576; past the model's own horizon it is unrolled over nine quantile paths, as upstream does */
     int32_t context_length;         /* steps of history to read, at most the model's; 0 for the model's (default) */

@@ -10,6 +10,7 @@
 #include "c_api/arguments.h"
 #include "c_api/guard.h"
 #include "chronos/engine.h"
+#include "chronos/quantiles.h"
 #include "core/device.h"
 
 using namespace diffusionz;
@@ -119,7 +120,8 @@ int32_t chronos_forecast(ChronosContext* ctx, const ChronosRequest* request, Dif
         apply_threads();
         const TaskEnd end(watched);
         const std::vector<double> levels = ctx->engine.levels(*request);
-        const auto median = std::find(levels.begin(), levels.end(), 0.5);
+        const auto median =
+            std::find_if(levels.begin(), levels.end(), [](double level) { return chronos::same_level(level, 0.5); });
         out->target_count = chronos::Engine::target_count(*request);
         out->prediction_length = request->prediction_length;
         out->level_count = static_cast<int32_t>(levels.size());

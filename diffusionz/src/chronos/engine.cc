@@ -155,8 +155,14 @@ void Engine::check(const ChronosRequest& request, bool embed) const {
 }
 
 std::vector<double> Engine::levels(const ChronosRequest& request) const {
-    if (request.level_count == 0) return model_->config().quantiles;
-    return {request.quantile_levels, request.quantile_levels + request.level_count};
+    const std::vector<double>& native = model_->config().quantiles;
+    if (request.level_count == 0) return native;
+    std::vector<double> levels(request.quantile_levels, request.quantile_levels + request.level_count);
+    for (double& level : levels) {
+        const auto same = std::find_if(native.begin(), native.end(), [&](double known) { return same_level(known, level); });
+        if (same != native.end()) level = *same;
+    }
+    return levels;
 }
 
 int64_t Engine::target_count(const ChronosRequest& request) {

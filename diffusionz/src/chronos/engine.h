@@ -22,7 +22,8 @@ public:
     // Fails with E_ARGUMENT, naming row and value. `embed`: only what chronos_embed reads is looked at.
     void check(const ChronosRequest& request, bool embed) const;
 
-    // Of a checked request: the levels that it gets, and the rows that are forecast.
+    // Of a checked request: the levels that it gets (the model's own where one is asked for within 1e-6), and the rows that are
+    // forecast.
     std::vector<double> levels(const ChronosRequest& request) const;
     static int64_t target_count(const ChronosRequest& request);
     // Tokens of each row's embedding, as offsets [row_count + 1].

@@ -1,6 +1,7 @@
 #include "chronos/quantiles.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace diffusionz::chronos {
 namespace {
@@ -26,6 +27,8 @@ float value_at(double level, size_t count, LevelOf&& level_of, ValueOf&& value_o
 }
 
 }  // namespace
+
+bool same_level(double a, double b) { return std::abs(a - b) < 1e-6; }
 
 void interpolate_quantiles(const std::vector<double>& known_levels, const float* values, const std::vector<double>& levels,
                            float* out) {

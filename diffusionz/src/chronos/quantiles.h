@@ -5,6 +5,9 @@
 
 namespace diffusionz::chronos {
 
+// Levels are compared so, not by their bits: 0.1 * 3 is 0.30000000000000004.
+bool same_level(double a, double b);
+
 // Values at `levels` on the straight lines between (known_levels, values), known_levels ascending; flat outside.
 void interpolate_quantiles(const std::vector<double>& known_levels, const float* values, const std::vector<double>& levels,
                            float* out);
