@@ -24,7 +24,7 @@ FORMATS: dict[str, dict[str, None]] = {
 
 MOST_PANELS = 24
 _PAST, _FUTURE, _GRID, _QUIET = "#3d3d3d", "#1b6ac9", "#e4e4e4", "#6b6b6b"
-_SHADES = (0.18, 0.25)  # opacity of the widest band and of the one within
+_BANDS = ("#d4e3f6", "#a9c8ed")  # the widest, and the one within
 
 
 def format_of(path: Path) -> str:
@@ -49,7 +49,8 @@ def plot(forecast: Forecast, path: Path | None, ax: Any, history: int | None) ->
     if ax is None:
         from matplotlib.figure import Figure  # without pyplot: no display, and nothing to close
 
-        figure = Figure(figsize=(8, 4 if count == 1 else 0.6 + 2.5 * count), dpi=150, layout="constrained")
+        figure = Figure(figsize=(8, 4 if count == 1 else 0.6 + 2.3 * count), dpi=150)
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
         panels = list(figure.subplots(count, 1, squeeze=False)[:, 0])
     else:
         panels = list(ax) if hasattr(ax, "__len__") else [ax]
@@ -59,7 +60,13 @@ def plot(forecast: Forecast, path: Path | None, ax: Any, history: int | None) ->
     for i, panel in enumerate(panels):
         _draw(panel, forecast, i, history)
     handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = handles[-2:] + handles[:-2], labels[-2:] + labels[:-2]  # lines, then bands
     if ax is None:
+        if len({panel.get_xlim() for panel in panels}) == 1:
+            for panel in panels[:-1]:  # the lowest says it for all
+                panel.tick_params(labelbottom=False)
+                panel.set_xlabel(None)
+                panel.xaxis.get_offset_text().set_visible(False)
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     else:
         panels[0].legend(handles, labels, loc="best", frameon=False, fontsize=9)
@@ -84,9 +91,8 @@ def _draw(panel: Any, forecast: Forecast, series: int, steps: int) -> None:
     when_future = _plain(when_future)
     median = forecast.mean[series]
 
-    for shade, (low, high, share) in zip(_SHADES, _bands(forecast, series), strict=False):
-        label = f"{share:.0%} interval"
-        panel.fill_between(when_future, low, high, color=_FUTURE, alpha=shade, linewidth=0, label=label)
+    for color, (low, high, share) in zip(_BANDS, _bands(forecast, series), strict=False):
+        panel.fill_between(when_future, low, high, color=color, linewidth=0, label=f"{share:.0%} interval")
     # A value between two that are missing has no line to it.
     marker = "." if len(past) < 3 or numpy.isnan(past).any() else None
     panel.plot(when_past, past, color=_PAST, linewidth=1.3, label="history", marker=marker, markersize=4)
@@ -142,7 +148,7 @@ def _dress(panel: Any, dates: bool) -> None:
         spine.set_color(_GRID)
     panel.tick_params(length=0, labelsize=9, labelcolor=_QUIET)
     panel.margins(x=0.01)
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}".replace("-", "\N{MINUS SIGN}")))
     if dates:
         locator: Any = AutoDateLocator(minticks=4, maxticks=9)  # type: ignore[no-untyped-call]
         panel.xaxis.set_major_locator(locator)

@@ -145,6 +145,9 @@ def to_rows(inputs: Any, horizon: int, keep: int) -> tuple[Rows, Names]:
     elif all(map(_is_number, entries)):
         rows, names = _from_array(to_floats(entries, "inputs"), keep)
     else:
+        for i, entry in enumerate(entries):
+            if not hasattr(entry, "__len__") or isinstance(entry, (str, bytes)):
+                raise TypeError(f"inputs[{i}] is {entry!r}; a list is one of numbers, of arrays, or of dicts")
         rows, names = _from_list(entries, keep)
     rows.refuse_unobserved(names)
     return rows, names

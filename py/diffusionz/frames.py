@@ -88,12 +88,13 @@ def _to_pandas(df: Any, name: str, id_column: str | None, timestamp_column: str 
     """(`df` for pandas, what turns a result into a frame of df's kind)."""
     if isinstance(df, pandas.DataFrame):
         return df, None
-    if type(df).__module__.partition(".")[0] != "polars" or not hasattr(df, "columns"):
-        raise TypeError(f"{name} must be a frame of pandas or polars, not {type(df).__name__}")
-    import polars
+    if type(df).__module__.partition(".")[0] == "polars":
+        import polars
 
-    if isinstance(df, polars.LazyFrame):
-        df = df.collect()
+        if isinstance(df, polars.LazyFrame):
+            df = df.collect()
+    if not hasattr(df, "get_columns"):
+        raise TypeError(f"{name} must be a frame of pandas or polars, not {type(df).__name__}")
     # Not `to_pandas`, which needs pyarrow.
     frame = pandas.DataFrame({column: _from_polars(df[column]) for column in df.columns})
 
@@ -102,6 +103,8 @@ def _to_pandas(df: Any, name: str, id_column: str | None, timestamp_column: str 
             if isinstance(values.dtype, pandas.DatetimeTZDtype):
                 utc = polars.Series(name, values.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy())
                 return utc.dt.replace_time_zone("UTC").dt.convert_time_zone(str(values.dt.tz))
+            if values.dtype == "datetime64[s]":
+                values = values.dt.as_unit("ms")  # the coarsest of polars
             series = polars.Series(name, values.to_list() if values.dtype == object else values.to_numpy())
             dtype = df.schema.get(name)
             if name == timestamp_column and series.dtype.is_temporal():
