@@ -36,7 +36,7 @@
  * Threads, errors, growth: as in diffusionz_c_api.h, whose statuses, last error, tasks and devices serve here too. A task's
  *   steps are rows here.
  * Reference: Chronos-2 (Ansari et al. 2025, arXiv 2510.15821) as in chronos-forecasting 2.3.2. On the CPU a row's numbers
- *   depend on its group alone, bit for bit: not on the other rows of the call, nor on the number of threads.
+ *   depend on its group's rows in their order alone, bit for bit: not on the other rows of the call, nor on the number of threads.
  */
 #ifndef CHRONOS_C_API_H
 #define CHRONOS_C_API_H

@@ -87,10 +87,9 @@ void Engine::check(const ChronosRequest& request, bool embed) const {
     if (!request.context_offsets) refuse("context_offsets is NULL");
     if (request.context_offsets[0] != 0) refuse("context_offsets[0] is ", request.context_offsets[0], "; it must be 0");
     for (int64_t row = 0; row < request.row_count; ++row) {
-        if (row_length(request, row) < 1) {
-            refuse("row ", row, " has ", row_length(request, row), " values (context_offsets ", request.context_offsets[row],
-                   " to ", request.context_offsets[row + 1], "); a row has at least one");
-        }
+        const int64_t begin = request.context_offsets[row], end = request.context_offsets[row + 1];
+        if (end <= begin)
+            refuse("row ", row, " has no values (context_offsets ", begin, " to ", end, "); a row has at least one");
     }
     const int64_t longest = model_->config().context_length;
     if (request.context_length < 0 || request.context_length > longest)

@@ -12,12 +12,14 @@ namespace fs = std::filesystem;
 
 ModelFolders find_folders(const fs::path& path, const fs::path& lora) {
     std::error_code error;
+    if (!lora.empty() && !fs::is_directory(lora, error))
+        fail(DIFFUSIONZ_E_LORA, lora.string(), ": no such folder; an adapter of upstream's fit is one");
     const bool is_adapter = fs::exists(path / "adapter_config.json", error) && !fs::exists(path / "config.json", error);
     if (!is_adapter) return {path, lora};
     if (!lora.empty())
         fail(DIFFUSIONZ_E_ARGUMENT, "lora_path is ", lora.string(), " and the model, ", path.string(),
              ", is an adapter itself; give one");
-    const JsonFile config = JsonFile::load(path / "adapter_config.json");
+    const JsonFile config = JsonFile::load(path / "adapter_config.json", DIFFUSIONZ_E_LORA);
     const fs::path base = config.text("base_model_name_or_path", "");
     for (const fs::path& folder : {base, path / base}) {
         if (!base.empty() && fs::exists(folder / "config.json", error)) return {folder, path};
@@ -34,9 +36,11 @@ Parameters::Parameters(const ModelFolders& folders)
 void Parameters::read_lora(const fs::path& folder) {
     const fs::path file = folder / "adapter_model.safetensors";
     std::error_code error;
-    if (!fs::exists(file, error))
-        fail(DIFFUSIONZ_E_LORA, folder.string(),
-             ": no adapter_model.safetensors in it; an adapter of upstream's fit is a folder with one");
+    for (const fs::path& part : {file, folder / "adapter_config.json"}) {  // which holds the scale
+        if (!fs::exists(part, error))
+            fail(DIFFUSIONZ_E_LORA, folder.string(), ": no ", part.filename().string(),
+                 " in it; an adapter of upstream's fit has one");
+    }
     const auto adapter = std::make_shared<const Checkpoint>(Checkpoint::from_file(file, "", DIFFUSIONZ_E_LORA));
     if (adapter->tensors().empty()) fail(DIFFUSIONZ_E_LORA, file.string(), ": no tensors in it");
     for (const auto& [key, view] : adapter->tensors()) {

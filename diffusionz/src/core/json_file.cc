@@ -1,6 +1,5 @@
 #include "core/json_file.h"
 
-#include "core/error.h"
 #include "core/mapped_file.h"
 
 namespace diffusionz {
@@ -13,19 +12,20 @@ std::string range_text(const char* kind, Number min, Number max) {
 
 }  // namespace
 
-JsonFile JsonFile::load(const std::filesystem::path& path) {
-    const MappedFile file(path, DIFFUSIONZ_E_MODEL);
+JsonFile JsonFile::load(const std::filesystem::path& path, int32_t status) {
+    const MappedFile file(path, status);
     JsonFile json(path.string());
+    json.status_ = status;
     const std::string_view text = file.text();
     json.object_ = nlohmann::json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
-    if (!json.object_.is_object()) fail(DIFFUSIONZ_E_MODEL, path.string(), ": not a JSON object");
+    if (!json.object_.is_object()) fail(status, path.string(), ": not a JSON object");
     return json;
 }
 
 void JsonFile::refuse(const std::string& key, const std::string& allowed) const {
     std::string value = object_[key].dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
     if (value.size() > 80) value = value.substr(0, 77) + "...";
-    fail(DIFFUSIONZ_E_MODEL, name_, ": ", key, " is ", value, "; it must be ", allowed);
+    fail(status_, name_, ": ", key, " is ", value, "; it must be ", allowed);
 }
 
 int64_t JsonFile::integer(const std::string& key, int64_t fallback, int64_t min, int64_t max) const {
@@ -83,6 +83,7 @@ std::vector<double> JsonFile::numbers(const std::string& key, double min, double
 
 JsonFile JsonFile::child(const std::string& key) const {
     JsonFile json(name_ + ", " + key);
+    json.status_ = status_;
     if (has(key)) {
         if (!object_[key].is_object()) refuse(key, "an object");
         json.object_ = object_[key];

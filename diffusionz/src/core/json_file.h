@@ -1,5 +1,5 @@
-// A JSON object of a model folder, read with checks: every accessor fails with E_MODEL, naming file, key, value and what is
-// allowed.
+// A JSON object of a model's or an adapter's folder, read with checks: every accessor fails with the file's status, naming file,
+// key, value and what is allowed.
 #pragma once
 
 #include <filesystem>
@@ -7,11 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "core/error.h"
+
 namespace diffusionz {
 
 class JsonFile {
 public:
-    static JsonFile load(const std::filesystem::path& path);
+    static JsonFile load(const std::filesystem::path& path, int32_t status = DIFFUSIONZ_E_MODEL);
     // No file: every accessor gives its fallback. `name` is for messages.
     explicit JsonFile(std::string name) : name_(std::move(name)), object_(nlohmann::json::object()) {}
 
@@ -32,6 +34,7 @@ private:
 
     std::string name_;
     nlohmann::json object_;
+    int32_t status_ = DIFFUSIONZ_E_MODEL;
 };
 
 }  // namespace diffusionz

@@ -37,7 +37,10 @@ void PeftScale::read(std::string_view text, const std::string& name) {
     const auto field = [&](const std::string& key) {
         return json.contains(key) ? json[key] : json.value("transformer." + key, nlohmann::ordered_json());
     };
-    if (field("lora_alpha").is_number()) alpha_ = field("lora_alpha").get<double>();
+    const auto alpha = field("lora_alpha");
+    if (!alpha.is_null() && !alpha.is_number())
+        fail(DIFFUSIONZ_E_LORA, name, ": lora_alpha is ", alpha.dump(), "; it must be a number");
+    if (alpha.is_number()) alpha_ = alpha.get<double>();
     if (field("use_rslora").is_boolean()) rank_stabilized_ = field("use_rslora").get<bool>();
     const auto patterns = field("alpha_pattern");
     if (!patterns.is_object()) return;

@@ -139,6 +139,8 @@ ModelFiles find_model_files(const fs::path& path) {
             fail(DIFFUSIONZ_E_MODEL, path.string(),
                  ": no tensor begins with model.diffusion_model.; a model in one file has all components");
     } else {
+        if (fs::exists(root / "config.json") && JsonFile::load(root / "config.json").has("chronos_config"))
+            fail(DIFFUSIONZ_E_MODEL, path.string(), ": this is a model that forecasts: chronos_init loads it");
         if (fs::exists(root / "model_index.json")) {
             const std::string pipeline = JsonFile::load(root / "model_index.json").text("_class_name", "");
             if (pipeline.rfind("ZImage", 0) != 0)
