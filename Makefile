@@ -1,6 +1,6 @@
 # Every target installs what it misses; a second run of it does only what changed.
 #
-#   make demo    installs, builds, and draws out/demo.png with the bundled model
+#   make demo    installs, builds, draws out/demo.png and forecasts out/forecast.png with the bundled models
 #   make test    the same, then runs every test
 #   make build   the library and the tests' programs in build/
 #   make clean   removes what the other targets made, .venv/ too
@@ -29,6 +29,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake diffusionz py -type 
 demo: $(STAMPS)/package
 	mkdir -p out
 	$(BIN)/diffusionz generate "a red circle on a blue background" --seed 7 -o out/demo.png
+	$(BIN)/diffusionz forecast airline --horizon 24 -o out/forecast.csv --plot out/forecast.png
 
 test: $(STAMPS)/tests-package
 	$(BIN)/python -m pytest
