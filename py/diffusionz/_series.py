@@ -68,7 +68,7 @@ class Rows:
         for i in self.items[self.is_target & (self.lengths < 2)]:
             raise ArgumentError(f"{name(i)}: returns need two prices at least")
         for i in self.items[self.is_target & numpy.isnan(self.last())]:
-            raise ArgumentError(f"{name(i)}: returns need the last price, which is missing")
+            raise ArgumentError(f"{name(i)}: returns need the last price of every target, and one is missing")
         logs = numpy.where(of_target, self.context, 1)
         logs = numpy.log(logs, dtype=numpy.float64)
         values = numpy.where(of_target[1:], numpy.diff(logs), self.context[1:]).astype(numpy.float32)
@@ -107,14 +107,16 @@ class Rows:
 class Names:
     """How messages call an item of the inputs."""
 
-    def __init__(self, count: int, ids: Sequence[Any] | None = None) -> None:
+    def __init__(self, count: int, ids: Sequence[Any] | None = None, only: str = "inputs") -> None:
+        """`ids` of the items; without them, an item is an entry of the inputs, or the `only` one."""
         self._ids = ids
         self._count = count
+        self._only = only
 
     def __call__(self, item: Any) -> str:
         if self._ids is not None:
             return f"series {self._ids[int(item)]!r}"
-        return "inputs" if self._count == 1 else f"inputs[{int(item)}]"
+        return self._only if self._count == 1 else f"inputs[{int(item)}]"
 
 
 def to_rows(inputs: Any, horizon: int, keep: int) -> tuple[Rows, Names]:

@@ -51,7 +51,7 @@ def read_frame(
     future = None if future_df is None else _to_pandas(future_df, "future_df", id_column, timestamp_column)[0]
     _check_columns(frame, future, id_column, timestamp_column, targets)
     frame, lengths, ids = _by_series(frame, id_column, timestamp_column, "df", None)
-    names = Names(len(lengths), None if id_column is None else ids)
+    names = Names(len(lengths), None if id_column is None else ids, "df")
     times = None
     if timestamp_column is not None:
         times = _extend(frame[timestamp_column], lengths, horizon, freq, names)
