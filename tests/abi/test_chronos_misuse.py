@@ -111,7 +111,7 @@ OF_ROWS: dict[str, tuple[Change, list[str]]] = {
     "no context": (field("context", NULL), ["context", "NULL"]),
     "no offsets": (field("context_offsets", NULL), ["context_offsets", "NULL"]),
     "offsets from 1": (value("context_offsets", 0, 1), ["context_offsets[0]", "1", "0"]),
-    "an empty row": (value("context_offsets", 2, 40), ["row 1", "0 values", "at least one"]),
+    "an empty row": (value("context_offsets", 2, 40), ["row 1", "40 to 40", "at least one"]),
     "descending offsets": (value("context_offsets", 2, 30), ["row 1", "30"]),
     "offset -2^63": (value("context_offsets", 4, -(2**63)), ["row 3"]),
     "offset 2^63-1, then less": (value("context_offsets", 1, 2**63 - 1), ["row 1"]),

@@ -7,7 +7,6 @@ patches out. Bounds: parity.BOUNDS.
 
 import json
 import os
-import pathlib
 import subprocess
 
 import numpy as np
@@ -20,37 +19,37 @@ from tests.models import parity
 from tests.models.chronos_cases import cases
 
 
-@pytest.fixture(scope="module")
-def run_pass(probe, tmp_path_factory):
-    """run_pass(model, request): the stages of the engine's first pass over the rows, which stand by groups."""
+def plan_of(model, name, request, tensors):
+    """The request's first pass in chronos_probe's fields; what it reads goes to `tensors`."""
+    length = request.context_length or model.context_length
+    ids = request.group_ids or list(range(len(request.rows)))
+    rows, futures = ([f"{name}, {part} {i}" for i in range(len(ids))] for part in ("row", "future"))
+    tensors |= {key: torch.from_numpy(row[-length:].copy()) for key, row in zip(rows, request.rows, strict=True)}
+    if request.future is None:
+        futures = [""] * len(ids)
+    else:
+        tensors |= {key: torch.from_numpy(row.copy()) for key, row in zip(futures, request.future, strict=True)}
+    starts = [i for i, group in enumerate(ids) if i == 0 or ids[i - 1] != group]
+    groups = [[start, end - start] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    patches = -(-request.horizon // model.patch)
+    return {"rows": rows, "futures": futures, "groups": groups, "output_patches": patches, "out": name}
 
-    def run(model, request, precision="float32"):
-        scratch = tmp_path_factory.mktemp("pass")
-        length = request.context_length or model.context_length
-        tensors = {f"row {i}": torch.from_numpy(row[-length:].copy()) for i, row in enumerate(request.rows)}
-        if request.future is not None:
-            tensors |= {f"future {i}": torch.from_numpy(row.copy()) for i, row in enumerate(request.future)}
-        save_file(tensors, scratch / "in.safetensors")
-        ids = request.group_ids or list(range(len(request.rows)))
-        starts = [i for i, group in enumerate(ids) if i == 0 or ids[i - 1] != group]
-        plan = {
-            "model": str(model.folder), "precision": precision, "inputs": str(scratch / "in.safetensors"),
-            "outputs": str(scratch / "out.safetensors"),
-            "passes": [{
-                "rows": [f"row {i}" for i in range(len(ids))],
-                "futures": [f"future {i}" if request.future is not None else "" for i in range(len(ids))],
-                "groups": [[start, end - start] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)],
-                "output_patches": -(-request.horizon // model.patch), "out": "pass",
-            }],
-        }  # fmt: skip
-        (scratch / "plan.json").write_text(json.dumps(plan))
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command: list[pathlib.Path] = [probe("chronos_probe"), scratch / "plan.json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return {name.removeprefix("pass."): tensor for name, tensor in load_file(scratch / "out.safetensors").items()}
 
-    return run
+def run_passes(probe, scratch, model, requests):
+    """{name: {stage: tensor}} of the engine's first pass over each request, whose rows stand by groups."""
+    tensors = {}
+    passes = [plan_of(model, name, request, tensors) for name, request in requests.items()]
+    files = {part: str(scratch / f"{part[:-1]}.safetensors") for part in ("inputs", "outputs")}
+    save_file(tensors, files["inputs"])
+    (scratch / "plan.json").write_text(json.dumps({"model": str(model.folder), "passes": passes} | files))
+    command = [probe("chronos_probe"), scratch / "plan.json"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outputs = load_file(files["outputs"])
+    return {
+        name: {key.removeprefix(f"{name}."): value for key, value in outputs.items() if key.startswith(f"{name}.")}
+        for name in requests
+    }
 
 
 def by_groups(request):
@@ -74,42 +73,49 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_stage_is_upstreams(chronos_model, run_pass, name):
-    request = by_groups(cases(chronos_model)[name])
-    expected = reference.layers(chronos_model.pipe, request)
-    ours = run_pass(chronos_model, request)
-    np.testing.assert_allclose(ours["loc"], expected["loc"], rtol=1e-5, atol=1e-6 * expected["scale"].max().item())
-    np.testing.assert_allclose(ours["scale"], expected["scale"], rtol=1e-5)
+@pytest.fixture(scope="module")
+def passes(chronos_model, probe, tmp_path_factory):
+    """{name: (the request, our stages)}."""
+    every = cases(chronos_model)
+    requests = {name: by_groups(every[name]) for name in NAMES}
+    ours = run_passes(probe, tmp_path_factory.mktemp("passes"), chronos_model, requests)
+    return {name: (request, ours[name]) for name, request in requests.items()}
 
-    begin = ours["row_begin"].long().tolist()
-    outputs = expected["head"].shape[1]
-    # A token's row, and its column in upstream's padded batch.
-    counts = torch.tensor(begin).diff()
-    rows = torch.arange(len(counts)).repeat_interleave(counts)
-    padding = ours["patches"].long().max() - ours["patches"].long()
-    columns = ours["positions"].long() + padding[rows]
-    stages = ["embedding", *(f"block {i}" for i in range(len(chronos_model.pipe.model.encoder.block))), "norm"]
-    for stage in stages:
-        note = (chronos_model.name, name, stage)
-        parity.assert_parity("hidden", ours[stage], expected[stage][rows, columns], note)
-    parity.assert_parity("hidden", ours["outputs"], expected["norm"][:, -outputs:].flatten(0, 1), "outputs")
-    parity.assert_parity("hidden", ours["head"], expected["head"].flatten(0, 1), "head")
 
-    # The features have no token for the register.
+def test_every_stage_is_upstreams(chronos_model, passes):
     register = chronos_model.pipe.model.chronos_config.use_reg_token
-    last = expected["norm"].shape[1] - outputs - 1 if register else -1
-    patch = columns != last
-    columns = columns[patch] - register * (columns[patch] > last).long()
-    parity.assert_parity("patches", ours["features"][patch], expected["features"][rows[patch], columns], name)
+    for name, (request, ours) in passes.items():
+        expected = reference.layers(chronos_model.pipe, request)
+
+        def compare(stage, one, other, bound="hidden", name=name):
+            parity.assert_parity(bound, one, other, (chronos_model.name, name, stage))
+
+        np.testing.assert_allclose(ours["loc"], expected["loc"], rtol=1e-5, atol=1e-6 * expected["scale"].max().item())
+        np.testing.assert_allclose(ours["scale"], expected["scale"], rtol=1e-5)
+
+        # A token's row, and its column in upstream's padded batch.
+        counts = ours["row_begin"].long().diff()
+        rows = torch.arange(len(counts)).repeat_interleave(counts)
+        padding = ours["patches"].long().max() - ours["patches"].long()
+        columns = ours["positions"].long() + padding[rows]
+        blocks = [f"block {i}" for i in range(len(chronos_model.pipe.model.encoder.block))]
+        for stage in ("embedding", *blocks, "norm"):
+            compare(stage, ours[stage], expected[stage][rows, columns])
+        outputs = expected["head"].shape[1]
+        compare("outputs", ours["outputs"], expected["norm"][:, -outputs:].flatten(0, 1))
+        compare("head", ours["head"], expected["head"].flatten(0, 1))
+
+        # The features have no token for the register.
+        last = expected["norm"].shape[1] - outputs - 1 if register else -1
+        patch = columns != last
+        columns = columns[patch] - register * (columns[patch] > last).long()
+        compare("features", ours["features"][patch], expected["features"][rows[patch], columns], "patches")
 
 
-def test_no_token_exists_for_a_patch_without_an_observation(chronos_model, run_pass):
-    request = cases(chronos_model)["a group with holes"]
-    ours = run_pass(chronos_model, request)
+def test_no_token_exists_for_a_patch_without_an_observation(chronos_model, passes):
+    request, ours = passes["a group with holes"]
     others = chronos_model.pipe.model.chronos_config.use_reg_token + -(-request.horizon // chronos_model.patch)
-    begin = ours["row_begin"].long().tolist()
     context, _ = reference.batch_of(chronos_model.pipe, request)
     _, observed, _ = chronos_model.pipe.model._prepare_patched_context(context)
-    assert (torch.tensor(begin).diff() - others).tolist() == observed.sum(1).tolist()
+    assert (ours["row_begin"].long().diff() - others).tolist() == observed.sum(1).tolist()
     assert not observed.all()
