@@ -355,6 +355,8 @@ def _forecast(args: argparse.Namespace) -> int:
         if len(sentences) > _MOST_SENTENCES:
             print(f"and {len(sentences) - _MOST_SENTENCES} more")
         files = [file for file in (args.output, args.plot) if file is not None]
+        if args.plot is not None and len(forecast) > _plot.MOST_PANELS:
+            files[-1] += f" (the first {_plot.MOST_PANELS})"
         about = f"{len(forecast)} series, {forecast.horizon} steps, {seconds:.2f} s"
         print("  ".join([*files, about]))
     return 0
@@ -465,7 +467,7 @@ def _series_json(forecast: Any, i: int, id_column: str | None) -> dict[str, Any]
 
 def _json_value(value: Any) -> Any:
     if hasattr(value, "isoformat"):
-        return value.isoformat()
+        return value.isoformat().removesuffix("T00:00:00")
     return value.item() if hasattr(value, "item") else value
 
 

@@ -58,9 +58,12 @@ def read_table(file: str) -> Any:
         raise DiffusionzError(f"{name} has no header line" if text.strip() else f"{name} is empty")
     separator = max(_SEPARATORS, key=header.count)
     try:
-        return pandas.read_csv(io.StringIO(text), sep=separator)
+        frame = pandas.read_csv(io.StringIO(text), sep=separator)
     except (ValueError, pandas.errors.ParserError) as error:
         raise DiffusionzError(f"{name} cannot be read as CSV: {error}") from None
+    if frame.empty:
+        raise DiffusionzError(f"{name} has a header line, and no rows")
+    return frame
 
 
 def write_table(frame: Any, file: str) -> None:

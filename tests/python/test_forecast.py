@@ -380,7 +380,7 @@ def test_the_bundled_model_beats_last_years_months(demo: Chronos2, airline: Any)
         actual = passengers[end : end + 12]
         ours += numpy.abs(demo.forecast(passengers[:end], 12).mean[0] - actual).mean()
         naive += numpy.abs(passengers[end - 12 : end] - actual).mean()
-    assert ours < 0.7 * naive
+    assert ours < 0.9 * naive
 
 
 def test_the_example_runs_and_its_pictures_are_reproducible(demo: Chronos2, tmp_path: pathlib.Path) -> None:
