@@ -1,7 +1,8 @@
 """Writes the C source of the Python binding: make_binding.py HEADER... OUT.c
 
-The declarations are the headers' own lines between their two `cdef:` marks, so there is no second copy that could drift;
-the C compiler checks every struct and prototype against the headers again when the source is compiled (cffi's API mode).
+The declarations are the headers' own lines between their two `cdef:` marks, so there is no second copy that could
+drift; the C compiler checks every struct and prototype against the headers again when the source is compiled (cffi's
+API mode).
 """
 
 import os
