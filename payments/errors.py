@@ -1,0 +1,79 @@
+"""The errors of the payments package. A message says what was wrong, the value, and what is allowed; never a secret.
+
+PaymentsError
+├── AmountError         (also a ValueError)   not a whole number of base units within the allowed range
+├── IdentifierError     (also a ValueError)   an id, an account's name or a code is not spelled as allowed
+├── ConfigurationError  (also a ValueError)   a setting or a price table; names the key
+├── NotFoundError       (also a LookupError)  there is no such account, transfer, hold or service
+├── ConflictError                             the id is taken by something else, or the hold is already resolved
+├── BalanceError                              the account cannot pay; .available and .needed, in base units
+├── ExpiredError                              the hold's time has passed
+├── RateError                                 no rate can be trusted now, so nothing can be priced
+├── ChainError                                the cluster did not answer, or not sensibly; .retryable
+├── IdentityError                             a signature, nonce, API key or scope was not accepted
+├── SeedError                                 the master seed's file is missing, damaged or readable by others
+└── StorageError        (also an OSError)     the database is locked, full, read-only or damaged; nothing was written
+"""
+
+from __future__ import annotations
+
+
+class PaymentsError(Exception):
+    """Base of every error that this package raises on its own account."""
+
+
+class AmountError(PaymentsError, ValueError):
+    """Not a whole number of base units within the allowed range."""
+
+
+class IdentifierError(PaymentsError, ValueError):
+    """An id, an account's name or a code is not spelled as allowed."""
+
+
+class ConfigurationError(PaymentsError, ValueError):
+    """A setting or a price table is wrong; the message names the key."""
+
+
+class NotFoundError(PaymentsError, LookupError):
+    """There is no such account, transfer, hold or service."""
+
+
+class ConflictError(PaymentsError):
+    """The id is taken by something else, or the hold is already resolved."""
+
+
+class BalanceError(PaymentsError):
+    """The account cannot pay. Amounts are in base units of the token."""
+
+    def __init__(self, message: str, *, available: int, needed: int) -> None:
+        super().__init__(message)
+        self.available = available
+        self.needed = needed
+
+
+class ExpiredError(PaymentsError):
+    """The hold's time has passed."""
+
+
+class RateError(PaymentsError):
+    """No rate can be trusted now, so nothing can be priced."""
+
+
+class ChainError(PaymentsError):
+    """The cluster did not answer, or not sensibly. Retryable: the same request may succeed later."""
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class IdentityError(PaymentsError):
+    """A signature, nonce, API key or scope was not accepted."""
+
+
+class SeedError(PaymentsError):
+    """The master seed's file is missing, damaged or readable by others."""
+
+
+class StorageError(PaymentsError, OSError):
+    """The database is locked, full, read-only or damaged. What was asked for has not been written."""
