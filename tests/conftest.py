@@ -101,11 +101,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return draw_in_a_process(code, tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="session")
-def tiny_chronos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A Chronos-2 of random weights, 64 wide with two layers."""
+def draw_chronos(name: str, factory: pytest.TempPathFactory) -> pathlib.Path:
     code = (
         "import pathlib, sys; from tests.models.random_chronos import SHAPES, write_model; "
-        "write_model(SHAPES['released'], pathlib.Path(sys.argv[1]))"
+        f"write_model(SHAPES['{name}'], pathlib.Path(sys.argv[1]))"
     )
-    return draw_in_a_process(code, tmp_path_factory.mktemp("models") / "tiny-chronos")
+    return draw_in_a_process(code, factory.mktemp("models") / name)
+
+
+@pytest.fixture(scope="session")
+def tiny_chronos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A Chronos-2 of random weights: 64 wide, two layers, a context of 8192 steps, and 1024 steps a pass."""
+    return draw_chronos("released", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def short_chronos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A Chronos-2 of random weights: 32 wide, three layers, a context of 100 steps, and 40 steps a pass."""
+    return draw_chronos("unusual", tmp_path_factory)
