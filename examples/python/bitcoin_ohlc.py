@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Forecasting Bitcoin candles
 #
-# Daily prices of BTC/USDT, forecast a week ahead: the close alone, the four prices of a candle together, and the close by
-# its log returns. The cells run in order, in an editor that knows `# %%`, or all at once:
+# Daily prices of BTC/USDT, forecast a week ahead: the close alone, the four prices of a candle together, and the close
+# by its log returns. The cells run in order, in an editor that knows `# %%`, or all at once:
 #
 #     python examples/python/bitcoin_ohlc.py [FOLDER]
 #
@@ -59,9 +59,9 @@ print(median[["open", "high", "low", "close"]].round(0).to_string())
 # %% [markdown]
 # ## Returns in place of prices
 #
-# Log returns have no level to learn. `returns=True` forecasts log(price / price before), and adds them up to prices: the
-# medians as they are, the distances from them as independent ones add up, by their squares. The bands are therefore an
-# approximation, exact where returns are normal and independent (`diffusionz.returns`).
+# Log returns have no level to learn. `returns=True` forecasts log(price / price before), and adds them up to prices:
+# the medians as they are, the distances from them as independent ones add up, by their squares. The bands are therefore
+# an approximation, exact where returns are normal and independent (`diffusionz.returns`).
 
 # %%
 returns = model.forecast_df(prices[["date", "close"]], target="close", returns=True, **week)

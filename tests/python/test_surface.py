@@ -192,6 +192,7 @@ def test_without_torch_the_error_says_what_to_install() -> None:
 
 def test_types_and_style() -> None:
     """mypy strict and ruff find nothing."""
-    for command in (["mypy"], ["ruff", "check", "py", "tests/python", "tests/cli", "tests/abi", "cmake", "examples/python"]):
+    folders = ("py", "tests/python", "tests/cli", "tests/abi", "cmake", "examples")
+    for command in (["mypy"], ["ruff", "check", *folders]):
         done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
