@@ -37,7 +37,7 @@ STORAGE_CODES = {5, 6, 7, 8, 10, 11, 13, 14, 15, 26}
 
 # The modules that own tables, in the order in which their MIGRATIONS are applied: tables before those that refer to
 # them. MIGRATIONS is a list of (name, SQL); a name once released is never changed nor reused.
-OWNERS: tuple[str, ...] = ()
+OWNERS = ("ledger",)
 
 
 def open_database(path: str | os.PathLike[str], *, busy_timeout_s: float = 10.0) -> Connection:
@@ -129,6 +129,21 @@ def immediate(connection: Connection) -> Iterator[None]:
                 for statement in rollback.split("; "):
                     connection.execute(statement)
             raise
+
+
+@contextlib.contextmanager
+def snapshot(connection: Connection) -> Iterator[None]:
+    """Reads of one moment, while others write. Writes go through `immediate`."""
+    if connection.in_transaction:
+        yield
+        return
+    with _storage_errors():
+        connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
 
 
 @contextlib.contextmanager
