@@ -1,15 +1,17 @@
 """Goal: what comes back is what was asked for: levels, order, sorted quantiles, consistent OHLC, embeddings."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models import chronos_reference as reference
 from tests.models import parity
-from tests.models.chronos_cases import COVARIATE, TARGET, cases, known, many
-from tests.models.chronos_ours import Request
+from tests.models.chronos_cases import COVARIATE, TARGET, cases, known, many, series
+from tests.models.chronos_ours import Engine, Request
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,40 @@ def test_a_row_has_a_token_for_each_patch_of_its_own_history(model):
     # The register token and a future patch come on top.
     assert [len(tokens) for tokens in embedding.tokens] == [3, 3, 4, 9, 514]
     assert {tokens.shape[1] for tokens in embedding.tokens} == {64}
+
+
+# --- Numbers that are not finite ------------------------------------------------------------------------------------
+
+
+def test_a_level_that_is_not_finite_spoils_no_other(model, tmp_path):
+    """A damaged checkpoint: NaN for the first step of each patch at some levels."""
+    shutil.copytree(model.folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors, bad = load_file(file), [0, 4, 5, 20]
+    bias = tensors["output_patch_embedding.output_layer.bias"]
+    bias.unflatten(0, (len(model.pipe.quantiles), model.patch))[bad, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    damaged, request = Engine(tmp_path / "model"), Request(many(100, 33), 16)
+    right, ours = (engine.forecast(request).quantiles for engine in (model.engine, damaged))
+    nan = np.zeros(ours.shape, bool)
+    nan[:, bad, 0] = True
+    assert np.array_equal(np.isnan(ours), nan)
+    assert np.array_equal(ours[~nan], right[~nan])
+    for horizon in (40, 1100):
+        damaged.forecast(Request(many(100, 33), horizon, monotone=1))  # sorts them, and ends
+
+
+def test_the_largest_values_give_infinity_rather_than_nan(model):
+    row = series(60, 3, 0, 1)
+    row *= np.float32(3e38) / np.abs(row).max()
+    quantiles = model.engine.forecast(Request([row], 40)).quantiles
+    assert np.isinf(quantiles).any() and not np.isnan(quantiles).any()
+    model.engine.forecast(Request([row], 1100, monotone=1))
+
+
+def test_a_group_of_covariates_alone_changes_nothing(model):
+    rows = many(50, 50, 40, 40)
+    with_them = Request(rows, 20, group_ids=[0, 1, 0, 1], row_kinds=[TARGET, COVARIATE, TARGET, COVARIATE])
+    without = Request(rows[::2], 20, group_ids=[0, 0])
+    ours, others = (model.engine.forecast(request).quantiles for request in (with_them, without))
+    assert np.array_equal(ours, others)
