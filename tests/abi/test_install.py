@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from collections.abc import Callable
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPT = "a red circle on a blue background"
 
@@ -32,33 +34,49 @@ def test_c_example(compile_c: Callable[..., pathlib.Path], tiny_model: pathlib.P
     assert not (tmp_path / "no.webp").exists()
 
 
-def test_c_example_of_forecasting(compile_c: Callable[..., pathlib.Path], tiny_chronos: pathlib.Path) -> None:
-    """Numbers in, three quantiles a step out; the same that the Python binding gives."""
+@pytest.fixture
+def check_forecaster(tiny_chronos: pathlib.Path) -> Callable[[pathlib.Path], None]:
+    """check(program): numbers in, three quantiles a step out, the same that the Python binding gives."""
     import numpy as np
 
     from tests.models.chronos_ours import Engine, Request
 
-    program = compile_c(ROOT / "examples" / "c" / "forecast.c", "-std=c99")
-    row = np.round(np.sin(np.arange(100) / 3) * 5, 3).astype(np.float32)
-    printed = run(program, tiny_chronos, input=" ".join(map(str, row)))
-    ours = Engine(tiny_chronos).forecast(Request([row], 16, levels=(0.1, 0.5, 0.9))).quantiles[0]
-    np.testing.assert_allclose(np.array(printed.split(), np.float32).reshape(16, 3), ours.T, rtol=1e-5)
-    for wrong in ([program, ROOT], [program, tiny_chronos]):  # no model; no numbers
-        failed = subprocess.run(wrong, input="", capture_output=True, text=True)
-        assert (failed.returncode, failed.stderr.count("\n"), failed.stdout) == (1, 1, "")
+    def check(program: pathlib.Path) -> None:
+        row = np.round(np.sin(np.arange(100) / 3) * 5, 3).astype(np.float32)
+        printed = run(program, tiny_chronos, input=" ".join(map(str, row)))
+        ours = Engine(tiny_chronos).forecast(Request([row], 16, levels=(0.1, 0.5, 0.9))).quantiles[0]
+        np.testing.assert_allclose(np.array(printed.split(), np.float32).reshape(16, 3), ours.T, rtol=1e-5)
+        for wrong in ([program, ROOT], [program, tiny_chronos]):  # no model; no numbers
+            failed = subprocess.run(wrong, input="", capture_output=True, text=True)
+            assert (failed.returncode, failed.stderr.count("\n"), failed.stdout) == (1, 1, "")
+
+    return check
 
 
-def test_go_example(pkg_config_env: dict[str, str], tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Formatted, vetted, built and run; it draws what the C example draws."""
+def test_c_example_of_forecasting(
+    compile_c: Callable[..., pathlib.Path], check_forecaster: Callable[[pathlib.Path], None]
+) -> None:
+    check_forecaster(compile_c(ROOT / "examples" / "c" / "forecast.c", "-std=c99"))
+
+
+def test_go_examples(
+    pkg_config_env: dict[str, str],
+    tiny_model: pathlib.Path,
+    check_forecaster: Callable[[pathlib.Path], None],
+    tmp_path: pathlib.Path,
+) -> None:
+    """Formatted, vetted, built and run; they do what the C examples do."""
     source = ROOT / "examples" / "go"
     # cgo's tool folder must be writable and outside the source; nothing is fetched.
     env = pkg_config_env | {"GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOCACHE": str(ROOT / "build" / "go-cache")}
     assert run("gofmt", "-l", source) == ""
     run("go", "vet", "./...", cwd=source, env=env)
-    run("go", "build", "-o", tmp_path / "draw", ".", cwd=source, env=env)
-    run(tmp_path / "draw", tiny_model, PROMPT, tmp_path / "out.webp")
+    run("go", "build", "-o", tmp_path, "./...", cwd=source, env=env)
+    check_forecaster(tmp_path / "forecast")
+    draw = tmp_path / "zimage-example"  # the module's name
+    run(draw, tiny_model, PROMPT, tmp_path / "out.webp")
     assert is_webp(tmp_path / "out.webp")
-    failed = subprocess.run([tmp_path / "draw", tmp_path, PROMPT, "no.webp"], capture_output=True, text=True)
+    failed = subprocess.run([draw, tmp_path, PROMPT, "no.webp"], capture_output=True, text=True)
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
 
 
