@@ -24,8 +24,8 @@ BLOCK = 8
 # (share, shorter period, longer period), as series with calendars have them: months, quarters, weekdays, hours, half
 # hours, quarter hours, weeks of the year. 0: none. A share of random periods is added in `periods`.
 CALENDARS = [
-    (20, 12, 0),
-    (9, 4, 0),
+    (26, 12, 0),
+    (11, 4, 0),
     (9, 7, 0),
     (7, 24, 0),
     (8, 24, 168),
@@ -633,7 +633,7 @@ MIXTURE = {
     "smoothing": 6,
     "arima": 5,
     "causal": 3,
-    "kernels": 4,
+    "kernels": 2,
     "cycles": 2,
     "prices": 2,
     "counts": 2,

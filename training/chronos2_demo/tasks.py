@@ -27,9 +27,10 @@ class Bucket:
     blocks: int  # blocks of eight rows, within which groups are formed
     shortest: int  # values of context
     strides: int  # the coarsest step at which series are read (1: every value)
+    near: float = 1.0  # over 1: shorter horizons than HORIZONS says
 
 
-BUCKETS = (Bucket(16, 1024, 32, 5, 4), Bucket(32, 512, 32, 48, 2), Bucket(72, 320, 16, 200, 1))
+BUCKETS = (Bucket(16, 1024, 32, 5, 4, 1.8), Bucket(32, 512, 32, 48, 2), Bucket(72, 320, 16, 200, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Options:
 
     multivariate: bool = True
     missing: bool = True
+    growth: bool = True  # steady slopes and growth by percentages at the window's scale
     breaks: bool = True  # what went on for long changes, before or after the forecast begins
     weigh: bool = True  # predictable series count as much as noisy ones
 
@@ -117,7 +119,8 @@ class Tasks:
 
         draws = b.alone + b.blocks
         share = self.uniform(draws, 1)
-        context = torch.exp(math.log(b.shortest) + share * torch.log(longest / b.shortest))
+        shortest = (0.35 * horizon).clamp_min(b.shortest)
+        context = shortest * (longest / shortest) ** share
         full = self.chance(draws, 1, p=0.25)
         context = torch.where(full, longest, context).floor()
         reach = ((length - 1) / (context + horizon)).floor().clamp(1, b.strides)
@@ -133,26 +136,45 @@ class Tasks:
         share = torch.where(self.chance(b.alone, 1, p=0.12), self.uniform(b.alone, 1), 1.0)
         x = torch.cat((x[: b.alone] * share + second * (1 - share), x[b.alone :]))
         flip = torch.where(self.chance(b.alone + grouped, 1, p=0.12), -1.0, 1.0)
-        return self.broken(x * flip, time, context, horizon) if self.options.breaks else x * flip, context
-
-    def broken(self, x: Tensor, time: Tensor, context: Tensor, horizon: Tensor) -> Tensor:
-        """Some windows change their level, slope or strength at a random time, or leave their level for a while."""
-        rows = x.shape[0]
+        x = x * flip
         inside = ((time >= -context) & (time < horizon)).float()
+        if self.options.growth:
+            x = self.grown(x, inside, time / (context + horizon))
+        return self.broken(x, inside, time, context, horizon) if self.options.breaks else x, context
+
+    def moments(self, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [rows, 1] of the windows' used part."""
         count = inside.sum(1, keepdim=True)
         mean = (x * inside).sum(1, keepdim=True) / count
-        deviation = (((x - mean) * inside).square().sum(1, keepdim=True) / count).sqrt()
-        at = -context + (context + horizon) * self.uniform(rows, 1)
+        return mean, (((x - mean) * inside).square().sum(1, keepdim=True) / count).sqrt()
+
+    def grown(self, x: Tensor, inside: Tensor, share: Tensor) -> Tensor:
+        """Some windows get a steady slope, mostly upwards, and some become log-linear at the window's own scale: growth
+        by percentages, with seasons that grow along. (A row of the bank cannot: it would overflow over its length.)"""
+        rows = x.shape[0]
+        _, deviation = self.moments(x, inside)
+        slope = torch.randn(rows, 1, device=x.device).abs() * torch.where(self.chance(rows, 1, p=0.75), 2.5, -2.5)
+        x = x + torch.where(self.chance(rows, 1, p=0.22), slope * deviation, 0.0) * share
+        mean, deviation = self.moments(x, inside)
+        wide = torch.exp(self.uniform(rows, 1, low=math.log(0.15), high=math.log(1.3)))
+        product = (wide * ((x - mean) / deviation.clamp_min(1e-6)).clamp(-5, 5)).exp()
+        return torch.where(self.chance(rows, 1, p=0.22), product, x)
+
+    def broken(self, x: Tensor, inside: Tensor, time: Tensor, context: Tensor, horizon: Tensor) -> Tensor:
+        """Some windows change their level, slope or strength at a random time, or leave their level for a while."""
+        rows = x.shape[0]
+        mean, deviation = self.moments(x, inside)
+        at = torch.where(self.chance(rows, 1, p=0.35), horizon * self.uniform(rows, 1), -context * self.uniform(rows, 1))
         since = (time - at).clamp_min(0)
         after = time >= at
         which = self.uniform(rows, 1)
         size = torch.randn(rows, 1, device=x.device) * deviation
         ended = time >= at + context * self.uniform(rows, 1, low=0.02, high=0.4)
-        strength = torch.exp(0.5 * torch.randn(rows, 1, device=x.device))
-        out = torch.where((which < 0.05) & after, x + size, x)
-        out = torch.where((which > 0.05) & (which < 0.10), x + 3 * size * since / (context + horizon), out)
-        out = torch.where((which > 0.10) & (which < 0.12) & after & ~ended, x + 1.5 * size, out)
-        return torch.where((which > 0.12) & (which < 0.15) & after, mean + (x - mean) * strength, out)
+        strength = torch.exp(0.2 + 0.5 * torch.randn(rows, 1, device=x.device))
+        out = torch.where((which < 0.06) & after, x + size, x)
+        out = torch.where((which > 0.06) & (which < 0.12), x + 3 * size * since / (context + horizon), out)
+        out = torch.where((which > 0.12) & (which < 0.15) & after & ~ended, x + 1.5 * size, out)
+        return torch.where((which > 0.15) & (which < 0.20) & after, mean + (x - mean) * strength, out)
 
     def relate(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Relations among the rows of blocks x [G, 8, W]: returns values, groups [G, 8] and known covariates [G, 8].
@@ -233,7 +255,7 @@ class Tasks:
 
     def draw(self, b: Bucket) -> Batch:
         device = self.bank.device
-        patches = (torch.rand((), device=device) > self.horizon_steps).sum().clamp_max(MAX_PATCHES - 1) + 1
+        patches = (torch.rand((), device=device) ** b.near > self.horizon_steps).sum().clamp_max(MAX_PATCHES - 1) + 1
         time, reg = token_times(b.tokens, patches, device)
         longest = ((b.tokens - 1 - patches) * PATCH).clamp_max(self.context_length)
         x, context = self.windows(b, time, patches * PATCH, longest)

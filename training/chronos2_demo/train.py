@@ -23,7 +23,7 @@ import torch.distributed as dist
 from generators import MIXTURE, Bank, Families
 from model import QUANTILES, Config, Net, Weights, encoder_block, quantile_loss
 from safetensors.torch import load_file, save_file
-from tasks import BUCKETS, Bucket, Options, Tasks
+from tasks import BUCKETS, Options, Tasks
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -208,8 +208,8 @@ def main() -> None:
     say(f"bank of {len(bank.x)} series filled")
 
     buckets = [
-        Bucket(
-            b.tokens, max(8, int(b.alone * options.share)), max(1, int(b.blocks * options.share)), b.shortest, b.strides
+        dataclasses.replace(
+            b, alone=max(8, int(b.alone * options.share)), blocks=max(1, int(b.blocks * options.share))
         )
         for b in BUCKETS
     ]
