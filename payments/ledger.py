@@ -142,7 +142,7 @@ class Result(enum.Enum):
 
 
 def require(result: Result, about: str) -> None:
-    """Raises what a refusal means: ConflictError, NotFoundError, ExpiredError or AmountError, beginning with `about`."""
+    """Raises what a refusal means: ConflictError, NotFoundError, ExpiredError or AmountError; `about` begins it."""
     if result.accepted:
         return
     if result.name.endswith("_not_found"):
@@ -195,8 +195,12 @@ class Sums:
     credits_posted: int = 0
 
     @property
-    def available(self) -> int:
-        return self.credits_posted - self.debits_posted - self.debits_pending
+    def debited(self) -> int:
+        return self.debits_pending + self.debits_posted
+
+    @property
+    def credited(self) -> int:
+        return self.credits_pending + self.credits_posted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -338,12 +342,11 @@ class Ledger:
                 return Result.credit_account_not_found
             if expires_at is not None and expires_at <= now:
                 return Result.expiry_must_be_in_the_future
-            if debits.debits_pending + debits.debits_posted + amount > AMOUNT_MAX:
+            if debits.debited + amount > AMOUNT_MAX:
                 return Result.overflows_debits
-            if credits.credits_pending + credits.credits_posted + amount > AMOUNT_MAX:
+            if credits.credited + amount > AMOUNT_MAX:
                 return Result.overflows_credits
-            spent = debits.debits_pending + debits.debits_posted
-            if is_user(debit) and spent + amount > debits.credits_posted:
+            if is_user(debit) and debits.debited + amount > debits.credits_posted:
                 return Result.exceeds_credits
 
             # From here on it succeeds.
@@ -355,39 +358,42 @@ class Ledger:
                 self.connection.execute("INSERT INTO open_holds VALUES (?, ?)", (expires_at, seq))
             return Result.created
 
-    def post(self, id: str, hold_id: str, amount: int | None = None) -> Result:
+    def post(self, id: str, hold_id: str, amount: int | None = None, note: str = "") -> Result:
         """Moves `amount` of what is held (None: all of it) and gives back the rest. At expires_at it is too late,
         whether or not `expire` has come by. Raises IdentifierError, AmountError."""
-        return self._resolve(id, "post", hold_id, amount)
-
-    def void(self, id: str, hold_id: str) -> Result:
-        """Gives back all that is held. Raises IdentifierError."""
-        return self._resolve(id, "void", hold_id, None)
-
-    def _resolve(self, id: str, kind: str, hold_id: str, amount: int | None) -> Result:
-        check_id(id)
         if amount is not None:
             check_integer("amount", amount, 1)
+        return self._resolve(id, "post", hold_id, amount, note)
+
+    def void(self, id: str, hold_id: str, note: str = "") -> Result:
+        """Gives back all that is held. Raises IdentifierError."""
+        return self._resolve(id, "void", hold_id, None, note)
+
+    def _resolve(self, id: str, kind: str, hold_id: str, amount: int | None, note: str) -> Result:
+        check_id(id)
+        check_identifier("hold_id", hold_id)
+        check_note(note)
         with immediate(self.connection):
             now = self.clock()
             hold = self.find(hold_id)
             if amount is None and hold:
                 amount = hold.amount
             if existing := self.find(id):
-                return compare(existing, {"kind": kind, "refers_to": hold.seq if hold else None, "amount": amount})
+                asked = {"kind": kind, "refers_to": hold.seq if hold else None, "amount": amount, "note": note}
+                return compare(existing, asked)
             if hold is None or amount is None:
                 return Result.hold_not_found
             if hold.kind != "hold" or hold.expires_at is None:
                 return Result.not_a_hold
-            if resolution := self._referring_to(hold):
-                return RESOLVED[resolution.kind]
+            if resolved := self.resolution(hold):
+                return RESOLVED[resolved.kind]
             if hold.expires_at <= now:
                 return Result.hold_expired
             if amount > hold.amount:
                 return Result.exceeds_held_amount
 
             # From here on it succeeds.
-            self._release(id, kind, hold, amount, now)
+            self._release(id, kind, hold, amount, note, now)
             return Result.created
 
     def expire(self, now: float | None = None, batch: int = 1000) -> int:
@@ -403,7 +409,7 @@ class Ledger:
                     (int(now), batch),
                 ).fetchall()
                 for hold in (Transfer(*row) for row in due):
-                    self._release(f"{EXPIRY_ID}{hold.seq}", "expiry", hold, hold.amount, now)
+                    self._release(f"{EXPIRY_ID}{hold.seq}", "expiry", hold, hold.amount, "", now)
             count += len(due)
             if len(due) < batch:
                 return count
@@ -412,6 +418,7 @@ class Ledger:
         """Moves `amount` of what was posted (None: all of it) back to the account that paid: at most once a post.
         Raises IdentifierError, AmountError."""
         check_id(id)
+        check_identifier("post_id", post_id)
         if amount is not None:
             check_integer("amount", amount, 1)
         check_note(note)
@@ -426,15 +433,15 @@ class Ledger:
                 return Result.post_not_found
             if post.kind != "post":
                 return Result.not_a_post
-            if self._referring_to(post):
+            if self.resolution(post):
                 return Result.already_refunded
             if amount > post.amount:
                 return Result.exceeds_posted_amount
             debits, credits = self._sums(post.credit), self._sums(post.debit)
             assert debits and credits, "a posted transfer's accounts exist"
-            if debits.debits_pending + debits.debits_posted + amount > AMOUNT_MAX:
+            if debits.debited + amount > AMOUNT_MAX:
                 return Result.overflows_debits
-            if credits.credits_pending + credits.credits_posted + amount > AMOUNT_MAX:
+            if credits.credited + amount > AMOUNT_MAX:
                 return Result.overflows_credits
 
             # From here on it succeeds.
@@ -443,15 +450,16 @@ class Ledger:
             return Result.created
 
     def balance(self, account: str) -> Balance:
-        """Raises NotFoundError."""
+        """Raises NotFoundError, IdentifierError."""
+        check_identifier("account", account)
         sums = self._sums(account)
         if sums is None:
-            raise NotFoundError(f"there is no account {shown(account)}")
+            raise NotFoundError(f"there is no account {account!r}")
         return Balance(posted=sums.credits_posted - sums.debits_posted, held=sums.debits_pending)
 
     def history(self, account: str, limit: int = 100, before: int | None = None) -> list[Line]:
         """The account's lines, newest first: at most `limit` of them (1 to 1000), those before the line with seq
-        `before`. Raises NotFoundError, AmountError."""
+        `before`. Raises NotFoundError, IdentifierError, AmountError."""
         check_integer("limit", limit, 1, 1000)
         if before is not None:
             check_integer("before", before, 0)
@@ -477,7 +485,9 @@ class Ledger:
         with snapshot(self.connection):
             accounts = self.accounts()
             replayed = replay(self.journal())
-            overdrawn = [name for name, sums in accounts.items() if is_user(name) and sums.available < 0]
+            overdrawn = [
+                name for name, sums in accounts.items() if is_user(name) and sums.debited > sums.credits_posted
+            ]
             unlike = [name for name in accounts | replayed if accounts.get(name) != replayed.get(name, Sums())]
             posted = sum(sums.debits_posted - sums.credits_posted for sums in accounts.values())
             pending = sum(sums.debits_pending - sums.credits_pending for sums in accounts.values())
@@ -497,7 +507,8 @@ class Ledger:
         row = self.connection.execute(f"SELECT {COLUMNS} FROM transfers WHERE id = ?", (id,)).fetchone()
         return Transfer(*row) if row else None
 
-    def _referring_to(self, transfer: Transfer) -> Transfer | None:
+    def resolution(self, transfer: Transfer) -> Transfer | None:
+        """The post, void or expiry of a hold; the refund of a post."""
         row = self.connection.execute(
             f"SELECT {COLUMNS} FROM transfers WHERE refers_to = ?", (transfer.seq,)
         ).fetchone()
@@ -531,9 +542,9 @@ class Ledger:
             (pending, posted, credit),
         )
 
-    def _release(self, id: str, kind: str, hold: Transfer, amount: int, now: float) -> None:
+    def _release(self, id: str, kind: str, hold: Transfer, amount: int, note: str, now: float) -> None:
         """Resolves the hold: a post moves `amount`, a void or expiry nothing."""
-        self._write(id, kind, hold.debit, hold.credit, amount, hold.seq, None, hold.code, "", now)
+        self._write(id, kind, hold.debit, hold.credit, amount, hold.seq, None, hold.code, note, now)
         self._move(hold.debit, hold.credit, pending=-hold.amount, posted=amount if kind == "post" else 0)
         self.connection.execute("DELETE FROM open_holds WHERE expires_at = ? AND hold = ?", (hold.expires_at, hold.seq))
 
