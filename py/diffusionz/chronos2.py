@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -338,6 +339,7 @@ class Chronos2(Model):
         if returns:
             values = to_prices(values, levels, rows.last()[rows.is_target], constrain_ohlc=constrain_ohlc)
 
+        @functools.cache
         def surprises() -> NDArray[numpy.bool_]:
             from diffusionz.forecast import SURPRISE, is_surprise
 

@@ -57,7 +57,8 @@ class Forecast:
     """Forecasts of one or several series. `Chronos2.forecast` makes it.
 
     Several targets of an entry follow each other. `len`, iteration and indexing, by number, slice or name, give
-    forecasts of fewer series. It keeps the history that the model read.
+    forecasts of fewer series. It keeps the history that the model read, and the model itself, for `trend`, until that
+    is closed.
     """
 
     levels: list[float]
@@ -236,7 +237,7 @@ class Forecast:
         "down": likewise lower.
         "flat": none of these.
 
-        Reading it asks the model once more, for one step. Raises ArgumentError when the model was closed.
+        Its first reading asks the model once more, for one step. Raises ArgumentError when the model was closed.
         """
         surprises = self._surprises()[self._chosen]
         now = self._now()

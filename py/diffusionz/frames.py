@@ -105,7 +105,8 @@ def _to_pandas(df: Any, name: str, id_column: str | None, timestamp_column: str 
                 return utc.dt.replace_time_zone("UTC").dt.convert_time_zone(str(values.dt.tz))
             if values.dtype == "datetime64[s]":
                 values = values.dt.as_unit("ms")  # the coarsest of polars
-            series = polars.Series(name, values.to_list() if values.dtype == object else values.to_numpy())
+            plain = getattr(values.dtype, "kind", "O") in "iufbM"
+            series = polars.Series(name, values.to_numpy() if plain else values.to_list())
             dtype = df.schema.get(name)
             if name == timestamp_column and series.dtype.is_temporal():
                 within_days = dtype == polars.Date and (values != values.dt.normalize()).any()
@@ -262,7 +263,7 @@ def _extend(column: Any, lengths: Sequence[int], horizon: int, freq: str | float
             f"{horizon} steps of {offset.freqstr} lead to dates that cannot be written: {error}"
         ) from None
     order = numpy.arange(horizon * len(last)).reshape(horizon, len(last)).T.ravel()
-    unit = _UNITS.get(offset.name.partition("-")[0])
+    unit = _UNITS.get(offset.rule_code.partition("-")[0])
     return Times(past, ends, steps[0].append(steps[1:])[order], (offset.n, unit) if unit else (1, "step"))
 
 

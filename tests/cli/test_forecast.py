@@ -353,12 +353,12 @@ def test_a_bar_in_a_terminal(
         {"id": numpy.repeat(range(count), 100), "v": numpy.random.default_rng(0).normal(size=count * 100)}
     )
     frame.to_csv(tmp_path / "many.csv", index=False)
-    command = [PROGRAM, "forecast", "many.csv", "--id", "id", "--target", "v", "--horizon", "64", "--device", "cpu",
+    command = [PROGRAM, "forecast", "many.csv", "--id", "id", "--target", "v", "--horizon", "1024", "--device", "cpu",
                "--model", str(tiny_chronos)]  # fmt: skip
     shown = in_a_terminal(command, tmp_path)
     assert f"/{count}" in shown
     assert "row" in shown
-    assert "3000 series, 64 steps" in shown.splitlines()[-1]
+    assert "3000 series, 1024 steps" in shown.splitlines()[-1]
     assert in_a_terminal([*command, "--quiet"], tmp_path) == ""
 
 

@@ -147,6 +147,33 @@ def test_pull_fetches_what_is_needed_and_the_model_is_found_without_the_hub(
     assert hub.asked == []
 
 
+def test_a_forecaster(tiny_chronos: pathlib.Path, environment: dict[str, str], tmp_path: pathlib.Path) -> None:
+    hub = Hub(tiny_chronos)
+    try:
+        env = environment | {"HF_ENDPOINT": hub.url}
+        command = [
+            PROGRAM,
+            "forecast",
+            "airline",
+            "--model",
+            "org/tiny",
+            "--horizon",
+            "2",
+            "--device",
+            "cpu",
+            "--quiet",
+        ]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert "diffusionz pull org/tiny" in done.stderr
+        assert subprocess.run([PROGRAM, "pull", "org/tiny", "--quiet"], env=env).returncode == 0
+        assert hub.fetched() == {"config.json", "model.safetensors"}
+        hub.down = True
+        assert subprocess.run(command, env=env, cwd=tmp_path).returncode == 0
+    finally:
+        hub.server.shutdown()
+        hub.server.server_close()
+
+
 def test_a_second_pull_fetches_nothing_again(run: Run, hub: Hub) -> None:
     assert run("pull", "org/tiny", "--json").returncode == 0
     hub.asked.clear()
