@@ -10,7 +10,9 @@ PaymentsError
 ├── ExpiredError                              the hold's time has passed
 ├── RateError                                 no rate can be trusted now, so nothing can be priced
 ├── ChainError                                the cluster did not answer, or not sensibly; .retryable
+│   └── TransactionError                      the node refuses a transaction; .reason
 ├── IdentityError                             a signature, nonce, API key or scope was not accepted
+├── LimitError                                asked for too often; .retry_after_s
 ├── SeedError                                 the master seed's file is missing, damaged or readable by others
 └── StorageError        (also an OSError)     the database is locked, full, read-only or damaged; nothing was written
 """
@@ -67,8 +69,24 @@ class ChainError(PaymentsError):
         self.retryable = retryable
 
 
+class TransactionError(ChainError):
+    """The node refuses a transaction. `reason` is Solana's name for why, such as "BlockhashNotFound"."""
+
+    def __init__(self, message: str, *, reason: str, retryable: bool) -> None:
+        super().__init__(message, retryable=retryable)
+        self.reason = reason
+
+
 class IdentityError(PaymentsError):
     """A signature, nonce, API key or scope was not accepted."""
+
+
+class LimitError(PaymentsError):
+    """Asked for too often."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class SeedError(PaymentsError):

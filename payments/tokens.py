@@ -35,8 +35,9 @@ EXTENSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class TokenAccount:
-    """What a token account says. `amount` is in base units; `owner` is the wallet, not the program."""
+    """What a token account says. `amount` is in base units; `owner` is the wallet, `program` the token program."""
 
+    program: Pubkey
     mint: Pubkey
     owner: Pubkey
     amount: int
@@ -48,6 +49,7 @@ class TokenAccount:
 class Mint:
     """What a mint says. `supply` is in base units; `extensions` are Token-2022's, by name, as in EXTENSIONS."""
 
+    program: Pubkey
     decimals: int
     supply: int
     mint_authority: Pubkey | None
@@ -60,6 +62,7 @@ def parse_account(program: Pubkey, data: bytes) -> TokenAccount | None:
     if not _is(program, data, ACCOUNT_SIZE, _KIND_ACCOUNT) or data[108] not in (1, 2):
         return None
     return TokenAccount(
+        program=program,
         mint=Pubkey.from_bytes(data[:32]),
         owner=Pubkey.from_bytes(data[32:64]),
         amount=int.from_bytes(data[64:72], "little"),
@@ -73,6 +76,7 @@ def parse_mint(program: Pubkey, data: bytes) -> Mint | None:
     if not _is(program, data, MINT_SIZE, _KIND_MINT) or data[45] != 1:
         return None
     return Mint(
+        program=program,
         decimals=data[44],
         supply=int.from_bytes(data[36:44], "little"),
         mint_authority=_optional(data[:36]),

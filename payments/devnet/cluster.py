@@ -16,7 +16,7 @@ from solders.address_lookup_table_account import AddressLookupTable
 from solders.hash import Hash
 from solders.keypair import Keypair
 from solders.litesvm import LiteSVM
-from solders.message import Message, MessageV0
+from solders.message import MessageV0, VersionedMessage
 from solders.pubkey import Pubkey
 from solders.signature import Signature
 from solders.transaction import VersionedTransaction
@@ -102,7 +102,7 @@ class Refused:
     error: TransactionErrorType
 
 
-def is_writable(message: Message | MessageV0, index: int, loaded_writable: int) -> bool:
+def is_writable(message: VersionedMessage, index: int, loaded_writable: int) -> bool:
     """Whether the message asks to write to its key `index`, counting those of lookup tables last, writable first."""
     header, own = message.header, len(message.account_keys)
     if index >= own:
@@ -222,7 +222,7 @@ class Cluster:
 
     def touched(self) -> list[Pubkey]:
         """Every address that a transaction has changed, in a fixed order."""
-        return sorted(self._versions)
+        return sorted(self._versions, key=bytes)
 
     def rent_exempt_minimum(self, size: int) -> int:
         return self._svm.minimum_balance_for_rent_exemption(size)

@@ -25,10 +25,11 @@ from spl.token import models
 from spl.token.constants import TOKEN_PROGRAM_ID
 
 from diffusionz.payments import tokens
+from diffusionz.payments.chain import transaction_error
 from diffusionz.payments.devnet import http, mints
 from diffusionz.payments.devnet.cluster import Cluster, Record, Refused
 from diffusionz.payments.devnet.faults import Fault, Installed
-from diffusionz.payments.devnet.rpc import Rpc, render_error
+from diffusionz.payments.devnet.rpc import Rpc
 
 # 2026-01-01T00:00:00Z
 GENESIS_TIME = 1_767_225_600
@@ -245,7 +246,7 @@ class Devnet:
         """Builds the transaction and lands it in the newest slot. Raises ValueError if it fails."""
         record = self.land(self.build(instructions, *signers))
         if record.error is not None:
-            raise ValueError(f"the transaction failed: {render_error(record.error)}; its log: {record.logs}")
+            raise ValueError(f"the transaction failed: {transaction_error(record.error)}; its log: {record.logs}")
         return record.signature
 
     def land(self, transaction: VersionedTransaction) -> Record:
@@ -255,7 +256,7 @@ class Devnet:
         """
         outcome = self.cluster.execute(transaction)
         if isinstance(outcome, Refused):
-            raise ValueError(f"the transaction cannot land: {render_error(outcome.error)}")
+            raise ValueError(f"the transaction cannot land: {transaction_error(outcome.error)}")
         return outcome
 
     # Clients and faults ----------------------------------------------------------------------------------------------

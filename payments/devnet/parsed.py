@@ -61,7 +61,7 @@ class Instruction:
     program: int
     accounts: list[int]
     data: bytes
-    stack_height: int
+    stack_height: int | None
 
     def compiled(self) -> dict[str, Any]:
         return {
@@ -101,7 +101,7 @@ def _known(program: Pubkey, data: bytes, accounts: list[str]) -> tuple[str, Any]
         return "system", {"type": "transfer", "info": info}
     if program in (TOKEN_PROGRAM_ID, TOKEN_2022_PROGRAM_ID) and data:
         what = _token_instruction(data, accounts)
-        return what and ("spl-token" if program == TOKEN_PROGRAM_ID else "spl-token-2022", what)
+        return ("spl-token" if program == TOKEN_PROGRAM_ID else "spl-token-2022", what) if what else None
     return None
 
 

@@ -19,22 +19,17 @@ from solders.message import MessageV0, from_bytes_versioned
 from solders.pubkey import Pubkey
 from solders.signature import Signature
 from solders.transaction import VersionedTransaction
-from solders.transaction_status import (
-    TransactionConfirmationStatus,
-    TransactionErrorFieldless,
-    TransactionErrorType,
-    TransactionStatus,
-)
+from solders.transaction_status import TransactionErrorFieldless, TransactionErrorType
 from spl.token.constants import TOKEN_2022_PROGRAM_ID
 
 from diffusionz.payments import tokens
+from diffusionz.payments.chain import transaction_error
 from diffusionz.payments.devnet import parsed
 from diffusionz.payments.devnet.cluster import (
     COMMITMENTS,
     MAX_TRANSACTION_SIZE,
     Cluster,
     Record,
-    Refused,
     TokenState,
     is_writable,
 )
@@ -50,15 +45,6 @@ _STATUS_CACHE_SLOTS = 300
 _LAMPORTS_A_SIGNATURE = 5000
 
 Json = Any
-
-
-def render_error(error: TransactionErrorType | None) -> Json:
-    """A TransactionError as nodes write it, such as {"InstructionError": [0, {"Custom": 1}]}."""
-    if error is None:
-        return None
-    # Alone, solders writes it without the outer name, which it then cannot read; inside a status it writes it whole.
-    whole = TransactionStatus(0, None, error, error, TransactionConfirmationStatus.Processed).to_json()
-    return json.loads(whole)["err"]
 
 
 class Rpc:
@@ -118,7 +104,8 @@ class Rpc:
             return 200, raw.body
 
     def _answer(self, request: Json) -> Json:
-        if not isinstance(request, dict) or request.get("jsonrpc") != "2.0" or not isinstance(request.get("method"), str):
+        named = isinstance(request, dict) and isinstance(request.get("method"), str)
+        if not named or request.get("jsonrpc") != "2.0":
             return _failure(None, RpcError(-32600, "Invalid request"))
         params = request.get("params")
         params = [] if params is None else params
@@ -343,7 +330,7 @@ class Rpc:
                 {
                     "signature": str(record.signature),
                     "slot": record.slot,
-                    "err": render_error(record.error),
+                    "err": transaction_error(record.error),
                     "memo": parsed.memo(record),
                     "blockTime": record.block_time,
                     "confirmationStatus": self._status_name(record.slot),
@@ -370,7 +357,7 @@ class Rpc:
             if record is None or (not search and record.slot < finalized - _STATUS_CACHE_SLOTS):
                 statuses.append(None)
                 continue
-            error = render_error(record.error)
+            error = transaction_error(record.error)
             statuses.append(
                 {
                     "slot": record.slot,
@@ -404,7 +391,7 @@ class Rpc:
 
     def _render_transaction(self, record: Record, encoding: str) -> Json:
         transaction, message = record.transaction, record.transaction.message
-        error = render_error(record.error)
+        error = transaction_error(record.error)
         own = len(message.account_keys)
         top = [
             parsed.Instruction(i.program_id_index, list(bytes(i.accounts)), bytes(i.data), 1)
@@ -472,7 +459,7 @@ class Rpc:
             "fee": record.fee,
             "preBalances": record.pre_lamports,
             "postBalances": record.post_lamports,
-            "innerInstructions": [{"index": index, "instructions": [write(i) for i in group]} for index, group in inner],
+            "innerInstructions": [{"index": at, "instructions": [write(i) for i in group]} for at, group in inner],
             "logMessages": record.logs,
             "preTokenBalances": [_token_balance(state) for state in record.pre_tokens],
             "postTokenBalances": [_token_balance(state) for state in record.post_tokens],
@@ -505,7 +492,7 @@ class Rpc:
             if found.error is not None:
                 data = {
                     "accounts": None,
-                    "err": render_error(found.error),
+                    "err": transaction_error(found.error),
                     "innerInstructions": None,
                     "logs": found.logs,
                     "returnData": None,
@@ -525,7 +512,7 @@ class Rpc:
         slot = self._slot(config)
         found = self.cluster.simulate(transaction, slot, verify=verify, check_blockhash=not replace)
         value = {
-            "err": render_error(found.error),
+            "err": transaction_error(found.error),
             "logs": found.logs,
             "accounts": None,
             "unitsConsumed": found.compute_units,
@@ -627,7 +614,7 @@ def _decode_transaction(text: str, encoding: str) -> VersionedTransaction:
 
 def _describe(error: TransactionErrorType) -> str:
     """As a node words it."""
-    rendered = render_error(error)
+    rendered = transaction_error(error)
     if error == TransactionErrorFieldless.BlockhashNotFound:
         return "Blockhash not found"
     if error == TransactionErrorFieldless.AlreadyProcessed:
