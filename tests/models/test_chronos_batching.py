@@ -40,6 +40,7 @@ def requests_of(model):
     unrolled = model.horizon + 5
     return {
         "alone": Request(rows, steps),
+        "of one length": Request([series(5 * model.patch, i) for i in range(64)], steps),
         "groups": Request(rows, steps, group_ids=groups),
         "covariates": Request(
             rows, steps, levels=(0.07, 0.5, 0.9), monotone=1, group_ids=groups, row_kinds=kinds.tolist(),
