@@ -14,6 +14,7 @@ PaymentsError
 ├── IdentityError                             a signature, nonce, API key or scope was not accepted
 ├── LimitError                                asked for too often; .retry_after_s
 ├── SeedError                                 the master seed's file is missing, damaged or readable by others
+├── AddressError        (also a ValueError)   not an address for deposits, or none is to be had
 └── StorageError        (also an OSError)     the database is locked, full, read-only or damaged; nothing was written
 """
 
@@ -91,6 +92,10 @@ class LimitError(PaymentsError):
 
 class SeedError(PaymentsError):
     """The master seed's file is missing, damaged or readable by others."""
+
+
+class AddressError(PaymentsError, ValueError):
+    """Not an address that deposits can go to, or none is to be had: the pool is empty, the account has enough."""
 
 
 class StorageError(PaymentsError, OSError):

@@ -1,0 +1,336 @@
+"""Finds what was deposited: asks the cluster for the balances of our accounts, and for the history of those that differ
+from what is recorded.
+
+    watcher = Watcher(chain, deposits)
+    await watcher.start()        # the right cluster, and a token that keeps its promises
+    await watcher.run()          # for ever; or `await watcher.scan()` by hand
+
+A hundred balances are one request, so looking costs little; the history, with its thousands of entries that anybody can
+add for a cent, is read only where a balance says that something is missing. Only what is final is credited. No answer
+is trusted to be complete: an account is left alone when its recorded movements add up to its balance, and not before.
+Recording is idempotent, so lists may overlap, repeat, and be read by several watchers.
+
+Addresses are watched for ever. Those that are new or saw a deposit lately are looked at in every scan; all take their
+turn within `rotation_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from solders.account import Account
+from solders.pubkey import Pubkey
+from solders.signature import Signature
+
+from diffusionz.payments import tokens
+from diffusionz.payments.chain import MAX_ACCOUNTS, Chain, Listed, Transaction
+from diffusionz.payments.database import immediate
+from diffusionz.payments.deposits import SOL, Deposits
+from diffusionz.payments.errors import ChainError, ConfigurationError
+from diffusionz.payments.ledger import AMOUNT_MAX
+
+logger = logging.getLogger(__name__)
+
+# What Token-2022 may add to a mint and leave a deposit as good as plain SPL-Token's: names and pointers to them.
+HARMLESS_EXTENSIONS = frozenset(
+    {"metadata_pointer", "token_metadata", "group_pointer", "token_group", "group_member_pointer", "token_group_member"}
+)
+UNEXPLAINED = "unexplained balance"  # the alarm
+PATIENCE = 3  # accounts in a row whose history cannot be read, before the scan gives up
+DEEP_INTERVAL_S = 600.0  # between readings of the whole history of an account that it does not explain
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """An account of the chain that is watched. mint is "SOL" for an address itself."""
+
+    account: str
+    address: str
+    mint: str
+    balance: int
+    listed_to: int
+
+
+@dataclass(slots=True)
+class Listing:
+    """The history of an account while it is read, newest first, down to the slot `floor`, over several scans if it is
+    long. It has to explain `balance`, which the account had at `slot`."""
+
+    slot: int
+    balance: int
+    floor: int
+    before: Signature | None = None
+    newest: int = 0
+
+
+@dataclass(slots=True)
+class Scan:
+    """What a scan did: accounts looked at, movements recorded, accounts that do not add up, errors by account."""
+
+    looked_at: int = 0
+    recorded: int = 0
+    unexplained: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class Watcher:
+    """Credits deposits. It holds no key, and writes nothing to the chain."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        deposits: Deposits,
+        *,
+        interval_s: float = 2.0,
+        hot_s: float = 7 * 86400.0,
+        rotation_s: float = 3600.0,
+        overlap_slots: int = 150,
+        budget: int = 100,
+        extensions: frozenset[str] = HARMLESS_EXTENSIONS,
+        allow_freeze: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`interval_s`: between scans. `hot_s`: how long after its last event an address is in every scan.
+        `overlap_slots`: how far behind the newest known entry a history is read again. `budget`: how many transactions
+        of one account a scan fetches before it goes on with the others. `extensions`, `allow_freeze`: what the mint may
+        have; whoever can freeze or seize deposits can take back what we have credited."""
+        self.chain = chain
+        self.deposits = deposits
+        self.interval_s = interval_s
+        self.hot_s = hot_s
+        self.rotation_s = rotation_s
+        self.overlap_slots = overlap_slots
+        self.budget = budget
+        self.extensions = extensions
+        self.allow_freeze = allow_freeze
+        self.clock = clock
+        self.last_success: float | None = None
+        self.failures = 0
+        self._listings: dict[str, Listing] = {}
+        self._deep_at: dict[str, float] = {}  # when the whole history of an unexplained account may be read again
+        self._rotation = 0.0  # addresses, in their order, that had their turn
+
+    async def start(self) -> None:
+        """Raises ConfigurationError when the cluster or the token is not what the database was made for, or when the
+        token lets somebody take deposits back; ChainError when the cluster does not answer."""
+        pins = self.deposits.pins
+        genesis_hash = await self.chain.genesis_hash()
+        if genesis_hash != pins.genesis_hash:
+            raise ConfigurationError(f"genesis_hash: the cluster's is {genesis_hash}, expected {pins.genesis_hash}")
+        state = (await self.chain.accounts([self.deposits.mint])).values[0]
+        mint = None if state is None else tokens.parse_mint(state.owner, state.data)
+        if state is None or mint is None:
+            raise ConfigurationError(f"mint: {pins.mint} is not a token's mint on this cluster")
+        if state.owner != self.deposits.token_program:
+            raise ConfigurationError(
+                f"token_program: {pins.mint} belongs to {state.owner}, expected {pins.token_program}"
+            )
+        if mint.decimals != pins.decimals:
+            raise ConfigurationError(f"decimals: {pins.mint} has {mint.decimals}, expected {pins.decimals}")
+        if mint.supply > AMOUNT_MAX:
+            raise ConfigurationError(
+                f"mint: {pins.mint} has a supply of {mint.supply}; at most {AMOUNT_MAX} can be booked"
+            )
+        if mint.freeze_authority is not None and not self.allow_freeze:
+            raise ConfigurationError(f"mint: {mint.freeze_authority} can freeze accounts of {pins.mint}")
+        if refused := sorted(set(mint.extensions) - self.extensions):
+            allowed = ", ".join(sorted(self.extensions)) or "none"
+            raise ConfigurationError(f"mint: {pins.mint} has the extensions {', '.join(refused)}; allowed: {allowed}")
+
+    async def run(self) -> None:
+        """Scans for ever. Whatever goes wrong in a scan, nothing is lost: the next one starts from what is recorded."""
+        while True:
+            try:
+                await self.scan()
+                self.failures = 0
+                self.last_success = self.clock()
+            except (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
+                raise
+            except BaseException as error:  # a panic in solders is no Exception
+                self.failures += 1
+                logger.warning("the scan failed, %d in a row: %s: %s", self.failures, type(error).__name__, error)
+            await asyncio.sleep(self.interval_s * min(2**self.failures, 30))
+
+    async def scan(self) -> Scan:
+        """Looks at the addresses that are due, and records what is new. Raises ChainError when nothing could be read;
+        what one account's history refuses is in the result's `failed`, and the others are done."""
+        self.deposits.watch()
+        hot, turn = self._due()
+        scan = Scan()
+        await self._look({row.account: row for row in hot + turn}, scan)
+        await self._show_arriving()
+        await self._find_strays(turn)
+        self.deposits.credit_waiting()
+        return scan
+
+    async def reconcile(self) -> Scan:
+        """Looks at every address there is, and reads each history to its end that does not explain the balance."""
+        self.deposits.watch()
+        self._deep_at.clear()
+        rows = self._accounts()
+        scan = Scan()
+        await self._look({row.account: row for row in rows}, scan)
+        while self._listings and not scan.failed:
+            await self._look({row.account: row for row in self._accounts() if row.account in self._listings}, scan)
+        await self._find_strays(rows)
+        self.deposits.credit_waiting()
+        return scan
+
+    def _due(self) -> tuple[list[Watched], list[Watched]]:
+        """The accounts of every scan, and those whose turn it is."""
+        (count,) = self.deposits.connection.execute("SELECT count(*) FROM chain_accounts").fetchone()
+        first = math.floor(self._rotation)
+        self._rotation += count * min(self.interval_s / self.rotation_s, 1.0)
+        last = math.floor(self._rotation)
+        if last >= count:
+            self._rotation = 0.0
+        return self._hot(), self._accounts(limit=last - first, skip=first)
+
+    def _hot(self) -> list[Watched]:
+        return self._accounts("moved_at >= ? OR balance <> 0", (int(self.clock() - self.hot_s),))
+
+    def _accounts(
+        self, condition: str = "1", values: tuple[int, ...] = (), limit: int = -1, skip: int = 0
+    ) -> list[Watched]:
+        rows = self.deposits.connection.execute(
+            f"SELECT account, address, mint, balance, listed_to FROM chain_accounts WHERE {condition}"
+            " ORDER BY rowid LIMIT ? OFFSET ?",
+            (*values, limit, skip),
+        )
+        return [Watched(*row) for row in rows]
+
+    async def _look(self, rows: dict[str, Watched], scan: Scan) -> None:
+        """Compares balances, and catches up with the accounts whose balance is another than what is recorded."""
+        scan.looked_at += len(rows)
+        alarmed = {subject for kind, subject, _ in self.deposits.alarms() if kind == UNEXPLAINED}
+        # A node that is behind what was read before would take us back in time.
+        (newest,) = self.deposits.connection.execute(
+            "SELECT coalesce(max(listed_to), 0) FROM chain_accounts"
+        ).fetchone()
+        failed_in_a_row = 0
+        for some in _batched(list(rows.values()), MAX_ACCOUNTS):  # one request, so that one slot holds for all of it
+            keys = [Pubkey.from_string(row.account) for row in some]
+            accounts = await self.chain.accounts(keys, min_context_slot=newest)
+            for row, state in zip(some, accounts.values, strict=True):
+                balance = self._balance(row, state)
+                if balance == row.balance and row.account not in self._listings:
+                    if row.account in alarmed:
+                        self._explained(row)
+                    continue
+                try:
+                    await self._catch_up(row, balance, accounts.slot, scan)
+                    failed_in_a_row = 0
+                except ChainError as error:
+                    logger.warning("the history of %s cannot be read: %s", row.account, error)
+                    scan.failed[row.account] = str(error)
+                    failed_in_a_row += 1
+                    if failed_in_a_row == PATIENCE:
+                        raise
+
+    def _balance(self, row: Watched, state: Account | None) -> int:
+        """What the chain says that the account holds for us: base units, or lamports."""
+        if state is None:
+            return 0
+        if row.mint == SOL:
+            return state.lamports
+        account = self.deposits.token_state(row.address, state)
+        if account is None:
+            return 0
+        if account.frozen:
+            self.deposits.alarm("frozen", row.account, f"{account.amount} base units cannot be moved")
+        return account.amount
+
+    async def _catch_up(self, row: Watched, balance: int, slot: int, scan: Scan) -> None:
+        """Reads the account's history down to where it is known; to its beginning, if that does not explain the
+        balance; and if that does not either, tells the operator."""
+        listing = self._listings.get(row.account)
+        if listing is None:
+            if self.deposits.balance_at(row.account, slot) == balance:  # the sweeper or another watcher was faster
+                self._explained(row)
+                return
+            if self.clock() < self._deep_at.get(row.account, 0.0):
+                scan.unexplained.append(row.account)
+                return
+            listing = Listing(slot, balance, floor=max(row.listed_to - self.overlap_slots, 0))
+            self._listings[row.account] = listing
+        if not await self._read_history(row, listing, scan):
+            return  # the next scan goes on
+        del self._listings[row.account]
+        with immediate(self.deposits.connection):
+            self.deposits.connection.execute(
+                "UPDATE chain_accounts SET listed_to = max(listed_to, ?) WHERE account = ?",
+                (listing.newest, row.account),
+            )
+        recorded = self.deposits.balance_at(row.account, listing.slot)
+        if recorded == listing.balance:
+            self._explained(row)
+        elif listing.floor > 0:
+            self._listings[row.account] = Listing(listing.slot, listing.balance, floor=0)
+            await self._catch_up(row, balance, slot, scan)
+        else:
+            scan.unexplained.append(row.account)
+            self._deep_at[row.account] = self.clock() + DEEP_INTERVAL_S
+            detail = f"{row.mint}: the chain has {listing.balance} at slot {listing.slot}, recorded are {recorded}"
+            self.deposits.alarm(UNEXPLAINED, row.account, detail)
+
+    def _explained(self, row: Watched) -> None:
+        self._deep_at.pop(row.account, None)
+        self.deposits.clear_alarm(UNEXPLAINED, row.account)
+
+    async def _read_history(self, row: Watched, listing: Listing, scan: Scan) -> bool:
+        """Records what the history has, from where the listing stopped to its floor. False: the budget ran out."""
+        budget = self.budget
+        while True:
+            page = await self.chain.signatures(
+                Pubkey.from_string(row.account), before=listing.before, min_context_slot=listing.slot
+            )
+            if not page:
+                return True
+            if any(entry.signature == listing.before for entry in page):
+                raise ChainError(f"the node begins the history of {row.account} again after {listing.before}")
+            for entry in page:
+                if entry.slot < listing.floor:
+                    return True
+                if entry.error is None and not self.deposits.knows(str(entry.signature), row.account):
+                    if budget == 0:
+                        return False
+                    budget -= 1
+                    scan.recorded += len(self.deposits.record(await self._transaction(entry, row.account)))
+                listing.before = entry.signature
+                listing.newest = max(listing.newest, entry.slot)
+
+    async def _transaction(self, entry: Listed, account: str) -> Transaction:
+        """The transaction of an entry of the account's history. Raises ChainError if the node has another, or none."""
+        transaction = await self.chain.transaction(entry.signature)
+        if transaction.slot != entry.slot or Pubkey.from_string(account) not in transaction.keys:
+            raise ChainError(f"the node lists {entry.signature} for {account}, slot {entry.slot}, and gives another")
+        return transaction
+
+    async def _show_arriving(self) -> None:
+        """What is confirmed and not final, for people to see."""
+        hot = self._hot()
+        accounts = await self.chain.accounts([Pubkey.from_string(row.account) for row in hot], commitment="confirmed")
+        self.deposits.show_arriving(
+            (row.account, self._balance(row, state) - row.balance)
+            for row, state in zip(hot, accounts.values, strict=True)
+        )
+
+    async def _find_strays(self, rows: list[Watched]) -> None:
+        """Reports token accounts of our addresses beside the one that is credited."""
+        for row in rows:
+            if row.mint == SOL:
+                continue
+            found = await self.chain.token_accounts(Pubkey.from_string(row.address), self.deposits.mint)
+            for account, state in found.items():
+                if str(account) != row.account and state.amount:
+                    self.deposits.note_stray(row.address, str(account), state.amount)
+
+
+def _batched(rows: list[Watched], size: int) -> Iterator[list[Watched]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
