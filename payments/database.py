@@ -37,7 +37,7 @@ STORAGE_CODES = {5, 6, 7, 8, 10, 11, 13, 14, 15, 26}
 
 # The modules that own tables, in the order in which their MIGRATIONS are applied: tables before those that refer to
 # them. MIGRATIONS is a list of (name, SQL); a name once released is never changed nor reused.
-OWNERS = ("ledger", "charges", "rates", "addresses", "deposits", "sweeper")
+OWNERS = ("ledger", "charges", "rates", "addresses", "deposits", "sweeper", "identity", "keys", "notices")
 
 
 def open_database(path: str | os.PathLike[str], *, busy_timeout_s: float = 10.0) -> Connection:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import httpx2
 
@@ -41,6 +41,9 @@ from diffusionz.payments.errors import (
     RateError,
 )
 from diffusionz.payments.prices import MICRO, parse_usd
+
+if TYPE_CHECKING:
+    from diffusionz.payments.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +137,7 @@ class RateRules:
             smallest = 0 if field.name in ("clock_skew_s", "min_liquidity_usd") else 1
             if type(value) is not int or not smallest <= value <= 10**9:
                 raise ConfigurationError(
-                    f"rates.{field.name} is {value!r}; it must be a whole number from {smallest} to 1000000000"
+                    f"rates_{field.name} is {value!r}; it must be a whole number from {smallest} to 1000000000"
                 )
 
 
@@ -179,6 +182,14 @@ class Conversion:
     tokens: int  # base units
     sol_rate: Rate
     token_rate: Rate
+
+    def __str__(self) -> str:
+        """The rates and where their evidence is, for a ledger's note."""
+        sol, token = self.sol_rate, self.token_rate
+        return (
+            f"SOL at {usd(sol.pico_usd)} USD (rate {sol.evidence}), "
+            f"token at {usd(token.pico_usd)} USD (rate {token.evidence})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +270,50 @@ class Rates:
                     " WHERE NOT EXISTS (SELECT 1 FROM rate_highs)",
                     (first_high,),
                 )
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Settings,
+        connection: Connection,
+        *,
+        client: httpx2.AsyncClient | None = None,
+        slot: Callable[[], Awaitable[int]] | None = None,
+    ) -> Rates:
+        """The sources that are configured. client and slot: for those over HTTP, and what JupiterSource asks.
+
+        Without a client there are no sources: such Rates only read what another process records. Raises
+        ConfigurationError.
+        """
+
+        def source(asset: Asset, name: str) -> Source:
+            if name == "fixed":
+                return FixedSource(getattr(settings, f"rates_fixed_{asset}"))
+            if name == "file":
+                return FileSource(getattr(settings, f"rates_{asset}_file"))
+            assert client is not None
+            if name == "pyth":
+                return PythSource(client, settings.pyth_sol_feed, url=settings.pyth_url)
+            if slot is None:
+                raise ConfigurationError(f'rates_{asset}_sources has "jupiter", which needs a cluster: set rpc_urls')
+            return JupiterSource(
+                client,
+                SOL_MINT if asset == "sol" else str(settings.mint),
+                decimals=SOL_DECIMALS if asset == "sol" else settings.token_decimals,
+                slot=slot,
+                url=settings.jupiter_url,
+                api_key=settings.secret("jupiter_key_file").decode() if settings.jupiter_key_file else None,
+            )
+
+        asked = client is not None
+        return cls(
+            connection,
+            settings.rates,
+            decimals=settings.token_decimals,
+            token_sources=[source("token", name) for name in settings.rates_token_sources if asked],
+            sol_sources=[source("sol", name) for name in settings.rates_sol_sources if asked],
+            first_high=settings.rates_first_high,
+        )
 
     # Reading: what prices are made of.
 
