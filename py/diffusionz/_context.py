@@ -48,7 +48,7 @@ class Model:
 
         from diffusionz._ffi import c_int, c_string, check, ffi, text
 
-        options.device_id = _device_id(device)
+        options.device_id = _device_id(str(device))
         options.precision = PRECISIONS[precision]
         options.num_threads = c_int("threads", threads)
         path = c_string("model", self.path)

@@ -7,6 +7,8 @@ too, as in the reference implementation (chronos-forecasting 2.3.2).
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +167,7 @@ def to_floats(value: Any, name: str) -> Floats:
         if any(isinstance(entry, str) for entry in array.flat):
             raise TypeError(f"{name} must hold numbers, not text")
         try:
-            array = array.astype(numpy.float64)
+            array = _none_for_na(array).astype(numpy.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name} must hold numbers: {error}") from None
     if array.dtype.kind not in "biuf":
@@ -302,6 +304,9 @@ def _from_dicts(entries: list[Any], horizon: int, keep: int) -> tuple[Rows, Name
         ):
             if not isinstance(covariates, Mapping):
                 raise TypeError(f'{names(i)}["{key}"] must be a dict of name: values')
+            for name in covariates:
+                if not isinstance(name, str):
+                    raise TypeError(f'{names(i)}["{key}"] has the name {name!r}; it must be a str')
             for name in sorted(covariates):
                 if key == "future_covariates" and name not in past:
                     raise ArgumentError(
@@ -361,14 +366,28 @@ def _as_column(values: Any, name: str) -> Column:
         return to_floats(values, name)
     import pandas
 
-    return pandas.Series(values, dtype="category")
+    try:
+        return pandas.Series(values, dtype="category")
+    except TypeError as error:
+        raise TypeError(f"{name} holds neither numbers nor categories: {error}") from None
 
 
 def _as_covariate(values: NDArray[Any]) -> NDArray[Any]:
     """`values`; a list of numbers among which some are None is one of numbers."""
-    if values.dtype != object or not all(_is_number(value) and not isinstance(value, bool) for value in values):
-        return values
-    return numpy.array([numpy.nan if value is None else value for value in values], numpy.float64)
+    if values.dtype == object:
+        plain = _none_for_na(values)
+        if all(value is None or (isinstance(value, numbers.Real) and not isinstance(value, bool)) for value in plain):
+            return plain.astype(numpy.float64)
+    return values
+
+
+def _none_for_na(values: NDArray[Any]) -> NDArray[Any]:
+    """None for pandas' NA, which turns into no float. There is none where pandas was not imported."""
+    pandas: Any = sys.modules.get("pandas")
+    if pandas is not None:
+        values = values.copy()
+        values[pandas.isna(values)] = None
+    return values
 
 
 def _to_numpy(value: Any, name: str) -> NDArray[Any]:

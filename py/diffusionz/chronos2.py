@@ -458,7 +458,9 @@ def _groups(
         return ids.astype(numpy.int64)[rows.items]
     if not cross_learning:
         return None
-    if batch_size < 1:
+    from diffusionz._ffi import c_int
+
+    if c_int("batch_size", batch_size, bits=64) < 1:
         raise ArgumentError(f"batch_size is {batch_size}; it must be at least 1")
     # As upstream fills them: entry after entry, until a batch has `batch_size` rows or more.
     batches = numpy.empty(count, numpy.int64)

@@ -161,7 +161,7 @@ class Forecast:
         ids, targets = self.item_ids, self.target_names
         no_ids, no_targets = self._labels.ids is None, self._labels.targets is None
         if no_ids and no_targets:
-            heads = [f"series {i}" for i in ids] if len(self._rows.items) > 1 else [""]
+            heads = [f"series {i}" for i in ids] if self._rows.items[-1] > 0 else [""] * len(ids)
             tails = ["" if name == "target" else name for name in targets]
         elif no_ids:
             heads, tails = [""] * len(ids), targets
@@ -311,7 +311,9 @@ def is_surprise(
 
 def _decimals(spread: float, size: float) -> int | None:
     """Decimals that show three digits of `spread`; None where a number should be written with an exponent."""
-    if not spread > 0:
+    if size >= 1e15 or not math.isfinite(spread):
+        return None
+    if spread == 0:
         return 2
     decimals = max(0, 2 - math.floor(math.log10(spread)))
-    return decimals if decimals <= 6 and size < 1e15 else None
+    return decimals if decimals <= 6 else None

@@ -171,8 +171,12 @@ def _numbers(column: Any, name: str) -> NDArray[numpy.float32]:
 
 def _column(column: Any, name: str) -> Any:
     """A covariate for `from_columns`."""
-    numeric = pandas.api.types.is_numeric_dtype(column) and not pandas.api.types.is_bool_dtype(column)
-    return to_floats(column, name) if numeric else column.astype("category")
+    if pandas.api.types.is_numeric_dtype(column) and not pandas.api.types.is_bool_dtype(column):
+        return to_floats(column, name)
+    try:
+        return column.astype("category")
+    except TypeError as error:
+        raise TypeError(f"{name} holds neither numbers nor categories: {error}") from None
 
 
 # --- Series and time ---

@@ -488,7 +488,8 @@ def test_every_kind_of_missing_value(model: Chronos2) -> None:
     expected = model.forecast([1.0, nan, 0.0, 1.0, nan], 4).quantiles
     masked = numpy.ma.masked_array([1, 2, 0, 1, 2], [False, True, False, False, True])
     for kind in (
-        [1, None, 0, 1, None], [True, None, False, True, nan], numpy.array([1, None, 0, 1, nan], object), masked,
+        [1, None, 0, 1, None], [1, pandas.NA, 0, 1, pandas.NA],
+        [True, None, False, True, nan], numpy.array([1, None, 0, 1, nan], object), masked,
         pandas.Series([1, None, 0, 1, None], dtype="Int64"),
         pandas.Series([True, None, False, True, None], dtype="boolean"),
         polars.Series([1, None, 0, 1, None]), [[1, None, 0, 1, None]], {"target": [1, None, 0, 1, None]},
@@ -508,6 +509,8 @@ def test_a_covariate_with_none_is_one_of_numbers(model: Chronos2) -> None:
         model.forecast({"target": target, "past_covariates": {"x": x}}, 4).quantiles
         for x in ([1.0, 2.0, numpy.nan, 4.0, 5.0, 7.0], [1, 2, None, 4, 5, 7])
     )
+    assert (ours == expected).all()
+    ours = model.forecast({"target": target, "past_covariates": {"x": [1, 2, pandas.NA, 4, 5, 7]}}, 4).quantiles
     assert (ours == expected).all()
 
 
@@ -567,6 +570,7 @@ def covariates(past: Any = None, future: Any = None, **entry: Any) -> dict[str, 
         (walk(3, 9), {"group_ids": [1, 2]}, ArgumentError, ["[2]", "3 integers"]),
         (walk(3, 9), {"group_ids": [1.0, 2.0, 3.0]}, ArgumentError, ["float64"]),
         (walk(3, 9), {"group_ids": [1, 2, 3], "cross_learning": True}, ArgumentError, ["exclude"]),
+        (walk(3, 9), {"batch_size": 2.5, "cross_learning": True}, TypeError, ["float"]),
         (walk(3, 9), {"batch_size": 0, "cross_learning": True}, ArgumentError, ["batch_size is 0"]),
         ([0.0, 1.0, 2.0], {"returns": True}, ArgumentError, ["over 0"]),
         ([1.0], {"returns": True}, ArgumentError, ["two prices"]),
@@ -576,6 +580,9 @@ def covariates(past: Any = None, future: Any = None, **entry: Any) -> dict[str, 
         ({"targets": [1.0]}, {}, ArgumentError, ["'targets'", "past_covariates"]),
         ({"past_covariates": {}}, {}, ArgumentError, ['no "target"']),
         ({"target": numpy.zeros((1, 1, 1))}, {}, ArgumentError, ["[1, 1, 1]"]),
+        (covariates({"x": [[1], [2, 3], [4]]}), {}, ArgumentError, ["'x'", "lengths"]),
+        (covariates({"x": [{}, {}, {}]}), {}, TypeError, ["'x'", "neither"]),
+        (covariates({1: [1, 2, 3], "x": [1, 2, 3]}), {}, TypeError, ["past_covariates", "1"]),
         (covariates({"x": [1, 2]}), {}, ArgumentError, ["'x'", "[2]", "[3]"]),
         (covariates({"x": [[1, 2, 3]]}), {}, ArgumentError, ["'x'", "[1, 3]"]),
         (covariates([1, 2, 3]), {}, TypeError, ["past_covariates", "dict"]),
@@ -617,7 +624,8 @@ def test_wrong_models(tmp_path: pathlib.Path, tiny_chronos: pathlib.Path, tiny_m
     with pytest.raises(ModelError, match=str(tiny_chronos)):
         diffusionz.ZImage(tiny_chronos, device="cpu")
     for options, error in (
-        ({"device": "gpu"}, ArgumentError), ({"device": "cuda:99"}, DeviceError), ({"precision": "fp8"}, ArgumentError),
+        ({"device": "gpu"}, ArgumentError), ({"device": 0}, ArgumentError),
+        ({"device": "cuda:99"}, DeviceError), ({"precision": "fp8"}, ArgumentError),
         ({"threads": -1}, ArgumentError), ({"threads": 1.5}, TypeError), ({"working_memory_bytes": -1}, ArgumentError),
         ({"lora": tmp_path / "nowhere"}, LoraError),
     ):  # fmt: skip

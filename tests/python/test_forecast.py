@@ -91,6 +91,9 @@ def test_series_by_number_slice_and_name(demo: Chronos2) -> None:
     assert forecast.item_ids == ["x", "x", "y", "y", "z", "z"]
     assert forecast.target_names == ["high", "low"] * 3
     assert forecast.names() == ["x, high", "x, low", "y, high", "y, low", "z, high", "z, low"]
+    assert demo.forecast(numpy.ones((1, 2, 9)), 2).names() == ["target_0", "target_1"]
+    assert demo.forecast(numpy.ones((2, 9)), 2).names() == ["series 0", "series 1"]
+    assert demo.forecast(numpy.ones(9), 2).names() == [""]
     for i, one in enumerate(forecast):
         assert len(one) == 1
         assert (one.quantiles[0] == forecast.quantiles[i]).all()
@@ -138,6 +141,8 @@ def test_a_sentence() -> None:
     assert below_zero.summary() == "-3.00 now, -6.00 expected after 1 step, 80% between -8.00 and -4.00"
     flat = made([[5.0]], [[[5.0], [5.0], [5.0]]])
     assert flat.summary() == "5.00 now, 5.00 expected after 1 step (+0.0%), 80% between 5.00 and 5.00"
+    vast = made([[1e20]], [[[1e20], [3e38], [3.4e38]]])
+    assert vast.summary().startswith("1e+20 now, 3e+38 expected after 1 step (+")
     tiny = made([[1e-9]], [[[1e-9], [2e-9], [3e-9]]])
     assert tiny.summary() == "1e-09 now, 2e-09 expected after 1 step (+100.0%), 80% between 1e-09 and 3e-09"
 
