@@ -77,10 +77,8 @@ def main() -> None:
         scores = forecast_metrics.score(windows, forecast(Net(weights, torch.float32), windows))
         if options.sets:
             for name, one in scores.items():
-                other = naive[name]
-                print(
-                    f"  {name:28s} MASE {one.mase / other.mase:.2f} WQL {one.wql / other.wql:.2f} covers {one.coverage:.2f}"
-                )
+                mase, wql = one.mase / naive[name].mase, one.wql / naive[name].wql
+                print(f"  {name:28s} MASE {mase:.2f} WQL {wql:.2f} covers {one.coverage:.2f}")
         print(f"{file.stem:16s} {forecast_metrics.summary(scores, naive)}")
 
 

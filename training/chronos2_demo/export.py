@@ -3,7 +3,8 @@
     python export.py final.safetensors ../../py/diffusionz/models/chronos2-demo [--widen 1.08] [--check]
 
 --widen moves every quantile away from the median by a factor, in the space of normalised values: a change of the head's
-last weights alone. It corrects intervals that are too narrow for series unlike the synthetic ones. --check opens the folder with chronos-forecasting and compares its quantiles with the training forward's.
+last weights alone. It corrects intervals that are too narrow for series unlike the synthetic ones. --check opens the
+folder with chronos-forecasting and compares its quantiles with the training forward's.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Each family is a function of a number of rows that returns [rows, LENGTH] float3
 share their seasonal periods (and, in `causal_graphs`, drive one another), so that blocks of eight can serve as related
 variates. Families with a recursion over time keep time as the first axis and are captured as a CUDA graph once.
 
-Sources of the ideas: Chronos-2 (arXiv 2510.15821, section 4: TSI, TCM, KernelSynth, ETS, AR as base generators), Chronos
-(arXiv 2403.07815: KernelSynth). Distributions and weights are our own.
+Sources of the ideas: Chronos-2 (arXiv 2510.15821, section 4: TSI, TCM, KernelSynth, ETS, AR as base generators) and
+Chronos (arXiv 2403.07815: KernelSynth). Distributions and weights are our own.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def counts(s: Source, rows: int) -> Tensor:
 
 
 def signals(s: Source, rows: int) -> Tensor:
-    """Machine-like series: square waves, saws, pulses at fixed or random distances, modulated sines, almost no noise."""
+    """Machine-like series: square waves, saws, pulses at random distances, modulated sines, almost no noise."""
     period = per_block(s.log_uniform(rows // BLOCK, low=4.0, high=200.0))
     period = torch.where(s.chance(rows, p=0.7), period.round(), period)[:, None]
     time = torch.arange(LENGTH, device=s.device)[None]
@@ -457,7 +457,7 @@ class Families:
         return (self.LONGEST - lag.long()) * rows + source
 
     def smoothed(self, rows: int) -> Tensor:
-        """Exponential smoothing as a data model: level, damped slope and season, each with its own innovations' share."""
+        """Exponential smoothing as a data model: level, damped slope and season, each taking its share of the noise."""
         s, time = self.s, LENGTH + BURN_IN
         short, long = periods(s, rows, 0.35)
         period = torch.where((long > 0) & (long <= self.LONGEST) & s.chance(rows, p=0.5), long, short)
@@ -519,7 +519,7 @@ class Families:
         b = torch.where(switching, coefficients(), a)
         lag = period.clamp_min(1)
         lags = torch.stack((torch.ones_like(lag), torch.full_like(lag, 2), lag, lag + 1, lag + 2))
-        flips = s.chance(rows, time, p=1.0) & (s.uniform(rows, time) < s.log_uniform(rows, 1, low=0.002, high=0.05))
+        flips = s.uniform(rows, time) < s.log_uniform(rows, 1, low=0.002, high=0.05)
         regime = flips.long().cumsum(1) % 2 == 0
         noise = innovations(s, rows, time)
         quiet = torch.where(switching[:, None] & regime, s.log_uniform(rows, 1, low=0.3, high=1.0), 1.0)

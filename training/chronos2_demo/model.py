@@ -82,7 +82,7 @@ class Config:
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
-    """Upstream's keys with their shapes. Square matrices first, then wi, then wo: each kind is contiguous in the buffer."""
+    """Upstream's keys with their shapes. Attention first, then wi, then wo: each kind is contiguous in the buffer."""
     inner, d = c.num_heads * c.d_kv, c.d_model
     out: dict[str, tuple[int, ...]] = {}
     block = "encoder.block.{}.layer.{}."
@@ -115,7 +115,7 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
 
 
 class Weights:
-    """All parameters in one flat float32 buffer, their gradients in another; `p[key]` are views with upstream's keys."""
+    """All parameters in one flat float32 buffer, their gradients in another; `p[key]` are views by upstream's keys."""
 
     def __init__(self, config: Config, device: torch.device | str):
         self.config, self.shapes = config, shapes(config)
@@ -133,8 +133,8 @@ class Weights:
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Unit norms; fan-in normal matrices; q smaller by sqrt(d_kv), since the attention is unscaled; residual outputs
-        smaller with depth. (Upstream's own factor of 0.05 leaves a model that is nearly zero.)"""
+        """Unit norms; fan-in normal matrices; q smaller by sqrt(d_kv), since the attention is unscaled; residual
+        outputs smaller with depth. (Upstream's own factor of 0.05 leaves a model that is nearly zero.)"""
         c = self.config
         for key, value in self.p.items():
             if "layer_norm" in key:
@@ -201,7 +201,7 @@ def encoder_block(
 
     time_bias [rows, 1, 1, S] and group_bias [G, S, 1, 8, 8] are added to the scores (0 or a large negative number).
     """
-    rows, length, width = x.shape
+    rows, length, _ = x.shape
     ln0, q0, k0, v0, o0, ln1, q1, k1, v1, o1, ln2, wi, wo = w
     y = norm(x, ln0, epsilon).to(compute)
     q, k, v = F.linear(y, torch.cat((q0, k0, v0)).to(compute)).view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""Forecasting tasks cut from a bank of series: contexts of any length, groups, covariates, gaps; then the model's input.
+"""Forecasting tasks cut from a bank of series: contexts of any length, groups, covariates, gaps; the model's input.
 
 Everything here is a fixed sequence of tensor operations without a look at their values, so that one training step,
 drawing its own tasks, can be captured as a CUDA graph.
@@ -149,8 +149,8 @@ class Tasks:
         return mean, (((x - mean) * inside).square().sum(1, keepdim=True) / count).sqrt()
 
     def grown(self, x: Tensor, inside: Tensor, share: Tensor) -> Tensor:
-        """Some windows get a steady slope, mostly upwards, and some become log-linear at the window's own scale: growth
-        by percentages, with seasons that grow along. (A row of the bank cannot: it would overflow over its length.)"""
+        """Some windows get a steady slope, mostly upwards, and some become log-linear at the window's own scale:
+        growth by percentages, with seasons that grow along. (Over the length of a bank's row that would overflow.)"""
         rows = x.shape[0]
         _, deviation = self.moments(x, inside)
         slope = torch.randn(rows, 1, device=x.device).abs() * torch.where(self.chance(rows, 1, p=0.75), 2.5, -2.5)
@@ -164,7 +164,9 @@ class Tasks:
         """Some windows change their level, slope or strength at a random time, or leave their level for a while."""
         rows = x.shape[0]
         mean, deviation = self.moments(x, inside)
-        at = torch.where(self.chance(rows, 1, p=0.35), horizon * self.uniform(rows, 1), -context * self.uniform(rows, 1))
+        at = torch.where(
+            self.chance(rows, 1, p=0.35), horizon * self.uniform(rows, 1), -context * self.uniform(rows, 1)
+        )
         since = (time - at).clamp_min(0)
         after = time >= at
         which = self.uniform(rows, 1)
@@ -239,9 +241,7 @@ class Tasks:
     def gaps(self, seen: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """Which values are missing: single ones, stretches, every so many, all until some time."""
         rows = seen.shape[0]
-        single = self.chance(*seen.shape, p=1.0) & (
-            torch.rand_like(seen, dtype=torch.float32) < self.uniform(rows, 1, high=0.4)
-        )
+        single = self.uniform(*seen.shape) < self.uniform(rows, 1, high=0.4)
         begin, long = -context * self.uniform(rows, 1), context * self.uniform(rows, 1, high=0.3)
         stretch = (time >= begin) & (time < begin + long)
         week = self.uniform(rows, 1, low=3, high=15).floor()
@@ -294,8 +294,8 @@ class Tasks:
         return Batch(features, reg, attended, groups, z.reshape(shape), weight.reshape(shape))
 
     def predictability(self, z: Tensor, seen: Tensor) -> Tensor:
-        """Weights [rows, 1] that grow as the context repeats itself at some lag: benchmarks divide a series' error by that
-        of a seasonal repetition. A function of the context alone, so that it leaves the quantiles where they are."""
+        """Weights [rows, 1] that grow as the context repeats itself at some lag: benchmarks divide a series' error by
+        that of a seasonal repetition. A function of the context alone, so it leaves the quantiles where they are."""
         best = torch.ones(z.shape[0], 1, device=z.device)
         for lag in self.lags:
             pair = seen[:, lag:] & seen[:, :-lag]

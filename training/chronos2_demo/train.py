@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from evaluate import forecast
 from generators import MIXTURE, Bank, Families
 from model import QUANTILES, Config, Net, Weights, encoder_block, quantile_loss
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from tasks import BUCKETS, Options, Tasks
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.bench import forecast_metrics
+from tests.bench import forecast_metrics  # needs numpy alone
 
 BETAS, EPSILON, CLIP = (0.9, 0.98), 1e-8, 1.0
 
@@ -44,8 +45,8 @@ def orthogonal(g: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """AdamW on the flat buffer; with `muon`, the encoder's matrices take Muon's orthogonal steps instead. Also keeps the
-    average of the weights. A fixed sequence of operations, so that it can be captured; `rate` is set from outside."""
+    """AdamW on the flat buffer; with `muon`, the encoder's matrices take Muon's orthogonal steps instead. Also keeps
+    the average of the weights. A fixed sequence of operations, so that it can be captured; `rate` is set outside."""
 
     def __init__(self, weights: Weights, decay: float, average: float, muon: bool, world: int):
         self.w, self.decay, self.average, self.world = weights, decay, average, world
@@ -137,8 +138,6 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, flat: Tensor) -> forecast_metrics.Summary:
-        from evaluate import forecast  # imports this package's model only
-
         self.weights.flat.copy_(flat)
         scores = forecast_metrics.score(self.windows, forecast(self.net, self.windows))
         return forecast_metrics.summary(scores, self.naive)
@@ -163,8 +162,8 @@ def main() -> None:
     parser.add_argument("--average", type=float, default=0.999, help="memory of the averaged weights")
     parser.add_argument("--muon", action="store_true")
     parser.add_argument("--layers", type=int, default=Config.num_layers)
-    parser.add_argument("--without", nargs="*", default=[], help="families of series, or multivariate, missing, weigh")
-    parser.add_argument("--refresh", type=int, default=20, help="steps between two renewals of a fortieth of the bank")
+    parser.add_argument("--without", nargs="*", default=[], help="families of series, or parts of the tasks (Options)")
+    parser.add_argument("--refresh", type=int, default=20, help="steps between two renewals of a slot of the bank")
     parser.add_argument("--slot", type=int, default=16384, help="rows renewed at once")
     parser.add_argument("--kernels", type=int, default=1024)
     parser.add_argument("--share", type=float, default=1.0, help="of the usual batch")
@@ -182,8 +181,6 @@ def main() -> None:
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     seconds = options.minutes * 60
-    if "STOP_AT" in os.environ:
-        seconds = min(seconds, float(os.environ["STOP_AT"]) - begin)
 
     def say(text: str) -> None:
         if rank == 0:
@@ -198,7 +195,11 @@ def main() -> None:
         weights.initialise()
     torch.manual_seed(options.seed + 1 + rank + 1000 * bool(options.resume))
 
-    tasked = {f.name: f.name not in options.without for f in dataclasses.fields(Options)}
+    parts = [f.name for f in dataclasses.fields(Options)]
+    unknown = set(options.without) - {*parts, *MIXTURE}
+    if unknown:
+        parser.error(f"--without {' '.join(sorted(unknown))}: allowed are {', '.join([*parts, *MIXTURE])}")
+    tasked = {name: name not in options.without for name in parts}
     mixture = {name: count for name, count in MIXTURE.items() if name not in options.without}
     bank = Bank(Families(device, kernels=options.kernels), options.slot, mixture)
     tasks = Tasks(bank.x, config.context_length, Options(**tasked))
@@ -208,9 +209,7 @@ def main() -> None:
     say(f"bank of {len(bank.x)} series filled")
 
     buckets = [
-        dataclasses.replace(
-            b, alone=max(8, int(b.alone * options.share)), blocks=max(1, int(b.blocks * options.share))
-        )
+        dataclasses.replace(b, alone=max(8, int(b.alone * options.share)), blocks=max(1, int(b.blocks * options.share)))
         for b in BUCKETS
     ]
     rows = sum(b.alone + 8 * b.blocks for b in buckets)
@@ -271,9 +270,8 @@ def main() -> None:
             scores = f"{found.mase:.4f},{found.wql:.4f},{found.coverage:.4f}" if found else ",,"
             minutes = (time.time() - begin) / 60
             with log.open("a") as file:
-                file.write(
-                    f"{step},{step * rows * world},{minutes:.2f},{loss:.5f},{rate_at(progress, step, options):.2e},{scores}\n"
-                )
+                rate = rate_at(progress, step, options)
+                file.write(f"{step},{step * rows * world},{minutes:.2f},{loss:.5f},{rate:.2e},{scores}\n")
             say(f"step {step} loss {loss:.4f} norm {float(optimizer.norm):.2f} dev {scores}")
             total.zero_()
             last = step
