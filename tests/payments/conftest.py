@@ -1,0 +1,47 @@
+"""What the tests of payments share: a clock that stands still, and a ledger in a file of its own."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+from diffusionz.payments.database import Connection, open_database
+from diffusionz.payments.ledger import Ledger
+
+
+class Clock:
+    """Seconds since 1970 that pass when the test says so."""
+
+    def __init__(self, now: float = 1_800_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ledger_path(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def connection(ledger_path: pathlib.Path) -> Iterator[Connection]:
+    connection = open_database(ledger_path)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def ledger(connection: Connection, clock: Clock) -> Ledger:
+    """With the users a and b, who have nothing yet."""
+    ledger = Ledger(connection, clock)
+    for name in ("user:a", "user:b"):
+        ledger.open_account(name, "user")
+    return ledger
