@@ -38,6 +38,9 @@ MAX_TRANSACTION_SIZE = 1232
 # Versions of accounts are kept for so many slots behind the tip, for nodes that lag.
 _KEPT_SLOTS = 512
 
+# So many slots went by without a block before the first one: nobody shall take a slot for a block's height.
+_SKIPPED_FIRST = 40
+
 FAUCET_LAMPORTS = 500_000_000 * 10**9
 
 Commitment = str
@@ -126,6 +129,12 @@ class Cluster:
         first_slot: int,
         genesis_time: int,
     ) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; it must be 0 to 2^64-1")
+        if not 0 <= confirmed_lag <= finalized_lag:
+            raise ValueError(f"lags are {confirmed_lag} and {finalized_lag} slots; finalizing takes the longer")
+        if first_slot < _SKIPPED_FIRST + 3 * MAX_BLOCKHASH_AGE:
+            raise ValueError(f"first_slot is {first_slot}; at least {_SKIPPED_FIRST + 3 * MAX_BLOCKHASH_AGE}")
         self._seed = seed.to_bytes(8, "big")
         self._lags = {"processed": 0, "confirmed": confirmed_lag, "finalized": finalized_lag}
         self._slot_seconds = slot_seconds
@@ -144,9 +153,11 @@ class Cluster:
         self._by_address: dict[Pubkey, list[Record]] = {}
         self._messages: set[Hash] = set()
         self._versions: dict[Pubkey, list[tuple[int, Account | None]]] = {}
-        # A real cluster skips slots, so that a block's height is less than its slot.
-        self._skipped = [first_slot - MAX_BLOCKHASH_AGE - 1 - 2 * n for n in range(40, 0, -1)]
+        self._undoable = 0  # the first record that is not finalized
+        self._skipped = list(range(1, _SKIPPED_FIRST + 1))
+        # (first slot, number) of each fork that won, in the order of both.
         self._forks = [(0, 0)]
+        self._fork_count = 0
         self._slot_of_hash: dict[Hash, int] = {}
         self.slot = first_slot
         self._remember_blockhashes(first_slot - MAX_BLOCKHASH_AGE)
@@ -162,6 +173,10 @@ class Cluster:
         self.slot += slots
         self._remember_blockhashes(oldest_new)
         self._set_clock(self.slot)
+        finalized = self.slot_at("finalized")
+        while self._undoable < len(self.records) and self.records[self._undoable].slot <= finalized:
+            self.records[self._undoable].before.clear()
+            self._undoable += 1
         return self.slot
 
     def skip(self, slots: int) -> int:
@@ -188,7 +203,7 @@ class Cluster:
         return self._genesis_time + int((slot - self._first_slot) * self._slot_seconds)
 
     def blockhash(self, slot: int) -> Hash:
-        fork = max(number for start, number in self._forks if start <= slot)
+        fork = self._forks[bisect.bisect_right(self._forks, slot, key=lambda entry: entry[0]) - 1][1]
         return Hash.hash(b"block" + self._seed + fork.to_bytes(8, "big") + slot.to_bytes(8, "big"))
 
     def last_valid_height(self, slot: int) -> int:
@@ -313,7 +328,9 @@ class Cluster:
             self._forget(record)
         tip = self.slot
         self._slot_of_hash = {known: slot for known, slot in self._slot_of_hash.items() if slot < dropped.slot}
-        self._forks.append((dropped.slot, len(self._forks)))
+        self._fork_count += 1
+        self._forks = [entry for entry in self._forks if entry[0] < dropped.slot]
+        self._forks.append((dropped.slot, self._fork_count))
         gone = [dropped.transaction]
         for record in abandoned:
             if record is dropped:

@@ -99,6 +99,11 @@ def unhealthy(call: Call, proceed: Proceed) -> Any:
     raise RpcError(-32005, "Node is behind by 120 slots", {"numSlotsBehind": 120})
 
 
+def unreadable_error(call: Call, proceed: Proceed) -> Any:
+    """-32002 without `data`: solders panics over it."""
+    raise RpcError(-32002, "Transaction simulation failed")
+
+
 def timeout(call: Call, proceed: Proceed) -> Any:
     """The request never reached the node."""
     raise ConnectionLost

@@ -11,13 +11,21 @@ import httpx2
 import uvicorn
 from solana.rpc.async_api import AsyncClient
 from solana.rpc.commitment import Commitment
+from solders.address_lookup_table_account import (
+    ID as ADDRESS_LOOKUP_TABLE_ID,
+)
+from solders.address_lookup_table_account import (
+    AddressLookupTableAccount,
+    derive_lookup_table_address,
+)
 from solders.compute_budget import set_compute_unit_limit
 from solders.hash import Hash
-from solders.instruction import Instruction
+from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 from solders.message import MessageV0
 from solders.pubkey import Pubkey
 from solders.signature import Signature
+from solders.system_program import ID as SYSTEM_PROGRAM_ID
 from solders.system_program import CreateAccountParams, TransferParams, create_account, transfer
 from solders.transaction import VersionedTransaction
 from spl.token import instructions as spl
@@ -232,14 +240,21 @@ class Devnet:
 
     # Transactions ----------------------------------------------------------------------------------------------------
 
-    def build(self, instructions: Sequence[Instruction], *signers: Keypair) -> VersionedTransaction:
-        """A signed version 0 transaction with the newest blockhash; the first signer pays. No two are the same."""
+    def build(
+        self,
+        instructions: Sequence[Instruction],
+        *signers: Keypair,
+        lookup_tables: Sequence[AddressLookupTableAccount] = (),
+    ) -> VersionedTransaction:
+        """A signed version 0 transaction with the newest confirmed blockhash; the first signer pays.
+
+        No two are the same, and accounts that `lookup_tables` hold are named through them.
+        """
         self._sent += 1
         # A unit limit that no other has makes equal payments in one slot different transactions.
         unique = set_compute_unit_limit(400_000 + self._sent % 1_000_000)
-        message = MessageV0.try_compile(
-            signers[0].pubkey(), [unique, *instructions], [], self.cluster.blockhash(self.cluster.slot)
-        )
+        blockhash = self.cluster.blockhash(self.cluster.slot_at("confirmed"))
+        message = MessageV0.try_compile(signers[0].pubkey(), [unique, *instructions], list(lookup_tables), blockhash)
         return VersionedTransaction(message, list(signers))
 
     def send(self, instructions: Sequence[Instruction], *signers: Keypair) -> Signature:
@@ -248,6 +263,25 @@ class Devnet:
         if record.error is not None:
             raise ValueError(f"the transaction failed: {transaction_error(record.error)}; its log: {record.logs}")
         return record.signature
+
+    def create_lookup_table(self, addresses: Sequence[Pubkey]) -> AddressLookupTableAccount:
+        """A lookup table of these addresses; at most 30. It may be used from the next slot on."""
+        owner = self.cluster.faucet
+        recent = self.cluster.slot - 1
+        table, bump = derive_lookup_table_address(owner.pubkey(), recent)
+        metas = [
+            AccountMeta(table, False, True),
+            AccountMeta(owner.pubkey(), True, False),
+            AccountMeta(owner.pubkey(), True, True),
+            AccountMeta(SYSTEM_PROGRAM_ID, False, False),
+        ]
+        # The program's instructions 0, create, and 2, extend, in bincode.
+        create = (0).to_bytes(4, "little") + recent.to_bytes(8, "little") + bytes([bump])
+        listed = b"".join(bytes(address) for address in addresses)
+        extend = (2).to_bytes(4, "little") + len(addresses).to_bytes(8, "little") + listed
+        program = ADDRESS_LOOKUP_TABLE_ID
+        self.send([Instruction(program, create, metas), Instruction(program, extend, metas)], owner)
+        return AddressLookupTableAccount(table, list(addresses))
 
     def land(self, transaction: VersionedTransaction) -> Record:
         """Lands the transaction in the newest slot, where it may fail (see the record's `error`).
@@ -293,24 +327,24 @@ class Devnet:
         """
         with socket.create_server((host, port)) as listener:
             config = uvicorn.Config(
-                http.application(self.rpc), log_level="warning", lifespan="off", access_log=False, ws="none"
-            )
-            server = uvicorn.Server(config)
-            with _signals_left_alone(server):
-                serving = asyncio.create_task(server.serve(sockets=[listener]))
-                tick = asyncio.create_task(self._tick()) if ticking else None
-                try:
-                    while not server.started:
-                        if serving.done():
-                            await serving
-                            raise RuntimeError("the devnet's server stopped before it started")
-                        await asyncio.sleep(0.005)
-                    yield f"http://{host}:{listener.getsockname()[1]}"
-                finally:
-                    if tick is not None:
-                        tick.cancel()
-                    server.should_exit = True
-                    await serving
+                http.application(self.rpc), log_level="warning", lifespan="off", access_log=False, ws="none",
+                timeout_graceful_shutdown=1,
+            )  # fmt: skip
+            server = _Server(config)
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            tick = asyncio.create_task(self._tick()) if ticking else None
+            try:
+                while not server.started:
+                    if serving.done():
+                        await serving
+                        raise RuntimeError("the devnet's server stopped before it started")
+                    await asyncio.sleep(0.005)
+                yield f"http://{host}:{listener.getsockname()[1]}"
+            finally:
+                if tick is not None:
+                    tick.cancel()
+                server.should_exit = True
+                await serving
 
     async def serve(self, host: str = "127.0.0.1", port: int = 8899) -> None:
         """Serves JSON-RPC over HTTP in real time, until cancelled."""
@@ -323,8 +357,8 @@ class Devnet:
             self.advance(1)
 
 
-@contextlib.contextmanager
-def _signals_left_alone(server: uvicorn.Server) -> Iterator[None]:
-    """uvicorn would take over Ctrl-C of whoever runs it inside a larger program."""
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    yield
+class _Server(uvicorn.Server):
+    """Leaves Ctrl-C to the program that it runs in."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()

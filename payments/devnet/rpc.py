@@ -141,7 +141,7 @@ class Rpc:
     def _slot(self, config: dict[str, Any], default: str = "finalized") -> int:
         """The slot that the request's commitment means; refuses one below its minContextSlot."""
         slot = self._tip(_commitment(config, default))
-        wanted = config.get("minContextSlot")
+        wanted = _field(config, "minContextSlot", int)
         if wanted is not None and slot < wanted:
             raise RpcError(-32016, "Minimum context slot has not been reached", {"contextSlot": slot})
         return slot
@@ -258,9 +258,12 @@ class Rpc:
             return None
         data = bytes(account.data)
         rendered: Json
-        encoding = config.get("encoding", "base64")
-        window = config.get("dataSlice")
-        shown = data if window is None else data[window["offset"] : window["offset"] + window["length"]]
+        encoding = _field(config, "encoding", str) or "base64"
+        window = _field(config, "dataSlice", dict)
+        shown = data
+        if window is not None:
+            offset, length = (_param([window.get(name)], 0, int, "usize") for name in ("offset", "length"))
+            shown = data[offset : offset + length]
         parsed_data = self._parsed_data(account) if encoding == "jsonParsed" else None
         if parsed_data is not None:
             rendered = parsed_data
@@ -310,9 +313,9 @@ class Rpc:
         """Newest first. As on real nodes: failed transactions are listed; `before` and `until` need not name the
         address; an unknown `until` does not limit; an unknown `before` lists nothing."""
         address, config = _pubkey(params, 0), _config(params, 1)
-        limit = config.get("limit")
+        limit = _field(config, "limit", int)
         limit = MAX_SIGNATURES_LISTED if limit is None else limit
-        if not isinstance(limit, int) or not 1 <= limit <= MAX_SIGNATURES_LISTED:
+        if not 1 <= limit <= MAX_SIGNATURES_LISTED:
             raise RpcError(-32602, f"Invalid limit; max {MAX_SIGNATURES_LISTED}")
         newest = self._slot(_above_processed(config))
         before, until = (self._known(config.get(name), newest) for name in ("before", "until"))
@@ -371,8 +374,8 @@ class Rpc:
 
     def _transaction(self, params: list[Any]) -> Json:
         signature = _parse_signature(_string(params, 0))
-        config = params[1] if len(params) > 1 else {}
-        config = {"encoding": config} if isinstance(config, str) else config or {}
+        alone = len(params) > 1 and isinstance(params[1], str)  # an older form: the encoding without a map
+        config = {"encoding": params[1]} if alone else _config(params, 1)
         newest = self._slot(_above_processed(config))
         record = self.cluster.record(signature)
         if record is None or record.slot > newest:
@@ -384,7 +387,7 @@ class Rpc:
                 "Transaction version (0) is not supported by the requesting client. Please try the request again with "
                 'the following configuration parameter: "maxSupportedTransactionVersion": 0',
             )
-        return self._render_transaction(record, config.get("encoding") or "json")
+        return self._render_transaction(record, _field(config, "encoding", str) or "json")
 
     def _status_name(self, slot: int) -> str:
         return next(name for name in reversed(COMMITMENTS) if slot <= self._tip(name))
@@ -483,7 +486,7 @@ class Rpc:
 
     def _send_transaction(self, params: list[Any]) -> Json:
         config = _config(params, 1)
-        transaction = _decode_transaction(_string(params, 0), config.get("encoding", "base58"))
+        transaction = _decode_transaction(_string(params, 0), _field(config, "encoding", str) or "base58")
         if not config.get("skipPreflight"):
             if not all(transaction.verify_with_results()):
                 raise RpcError(-32003, "Transaction signature verification failure")
@@ -505,7 +508,7 @@ class Rpc:
 
     def _simulate_transaction(self, params: list[Any]) -> Json:
         config = _config(params, 1)
-        transaction = _decode_transaction(_string(params, 0), config.get("encoding", "base58"))
+        transaction = _decode_transaction(_string(params, 0), _field(config, "encoding", str) or "base58")
         verify, replace = config.get("sigVerify") is True, config.get("replaceRecentBlockhash") is True
         if verify and replace:
             raise RpcError(-32602, "sigVerify may not be used with replaceRecentBlockhash")
@@ -522,8 +525,10 @@ class Rpc:
         return self._context(slot, value)
 
     def _request_airdrop(self, params: list[Any]) -> Json:
-        lamports = _integer(params, 1)
-        return str(self._faucet(_pubkey(params, 0), lamports))
+        try:
+            return str(self._faucet(_pubkey(params, 0), _integer(params, 1)))
+        except ValueError:
+            raise RpcError(-32603, "Internal error") from None
 
 
 # Parameters ----------------------------------------------------------------------------------------------------------
@@ -561,6 +566,12 @@ def _config(params: list[Any], index: int) -> dict[str, Any]:
     return config
 
 
+def _field(config: dict[str, Any], name: str, kind: type) -> Any:
+    """The field, or None if it is missing or null."""
+    value = config.get(name)
+    return None if value is None else _param([value], 0, kind, kind.__name__)
+
+
 def _pubkey(params: list[Any], index: int) -> Pubkey:
     return _parse_pubkey(_string(params, index))
 
@@ -580,7 +591,7 @@ def _parse_signature(text: Any) -> Signature:
 
 
 def _commitment(config: dict[str, Any], default: str = "finalized") -> str:
-    commitment = config.get("commitment") or default
+    commitment = _field(config, "commitment", str) or default
     if commitment not in COMMITMENTS:
         raise RpcError(-32602, f"Invalid params: unknown variant `{commitment}`, expected one of {COMMITMENTS}.")
     return str(commitment)
