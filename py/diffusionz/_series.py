@@ -278,83 +278,95 @@ def _from_list(entries: list[Any], keep: int) -> tuple[Rows, Names]:
 def _from_dicts(entries: list[Any], horizon: int, keep: int) -> tuple[Rows, Names]:
     """Targets with covariates; one schema for all."""
     names = Names(len(entries))
-    targets: list[Floats] = []
-    columns: dict[str, dict[str, list[NDArray[Any]]]] = {"past_covariates": {}, "future_covariates": {}}
-    schema: Any = None
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, Mapping):
-            raise TypeError(f"{names(i)} is a {type(entry).__name__}; all inputs must be dicts, or none")
-        for key in entry:
-            if key not in _KEYS:
-                raise ArgumentError(f"{names(i)} has the key {key!r}; the keys are {', '.join(_KEYS)}")
-        if "target" not in entry:
-            raise ArgumentError(f'{names(i)} has no "target"')
-        target = to_floats(entry["target"], f'{names(i)}["target"]')
-        if target.ndim not in (1, 2) or target.size == 0:
-            raise ArgumentError(
-                f'{names(i)}["target"] has the shape {list(target.shape)}; it must be [time] or [targets, time], '
-                "with one observation at least"
-            )
-        target = target.reshape(-1, target.shape[-1])
-        targets.append(target)
-        past, future = ({} if (covariates := entry.get(key)) is None else covariates for key in _KEYS[1:])
-        for key, covariates, length, of in (
-            ("past_covariates", past, target.shape[1], "the target"),
-            ("future_covariates", future, horizon, "the horizon"),
-        ):
-            if not isinstance(covariates, Mapping):
-                raise TypeError(f'{names(i)}["{key}"] must be a dict of name: values')
-            for name in covariates:
-                if not isinstance(name, str):
-                    raise TypeError(f'{names(i)}["{key}"] has the name {name!r}; it must be a str')
-            for name in sorted(covariates):
-                if key == "future_covariates" and name not in past:
-                    raise ArgumentError(
-                        f'{names(i)}["{key}"] has {name!r}, whose past is not in "past_covariates" '
-                        f"(there: {', '.join(map(repr, sorted(past))) or 'none'})"
-                    )
-                where = f'{names(i)}["{key}"][{name!r}]'
-                values = _to_numpy(() if covariates[name] is None else covariates[name], where)
-                if values.size == 0 and key == "future_covariates":
-                    values = values[:0]  # announced, without values
-                elif values.shape != (length,):
-                    raise ArgumentError(
-                        f"{where} has the shape {list(values.shape)}; it must be [{length}], as long as {of}"
-                    )
-                columns[key].setdefault(name, []).append(_as_covariate(values))
-        empty = [name for name in sorted(future) if not len(columns["future_covariates"][name][-1])]
-        if schema is None:
-            schema = (len(target), sorted(past), sorted(future), empty)
-        for what, first, this in zip(
-            ("targets", "past covariates", "future covariates", "future covariates without values"),
-            schema,
-            (len(target), sorted(past), sorted(future), empty),
-            strict=True,
-        ):
+    read = [_Entry.read(entry, names(i), horizon) for i, entry in enumerate(entries)]
+    for i, entry in enumerate(read):
+        for (what, first), this in zip(read[0].schema.items(), entry.schema.values(), strict=True):
             if first != this:
                 raise ArgumentError(f"{names(i)} has other {what} than {names(0)}: {this}, not {first}")
-    kinds: dict[str, str] = {}
-    past_columns: dict[str, Column] = {}
-    future_columns: dict[str, Column | None] = {}
-    for name, parts in columns["past_covariates"].items():
-        past_columns[name] = _as_column(numpy.concatenate(parts), f'"past_covariates"[{name!r}]')
-        kinds[name] = "number" if isinstance(past_columns[name], numpy.ndarray) else "category"
-    for name, parts in columns["future_covariates"].items():
-        values = numpy.concatenate(parts)
-        where = f'"future_covariates"[{name!r}]'
-        if len(values) == 0 and horizon > 0:
-            future_columns[name] = None
-        elif kinds[name] == "number":
-            future_columns[name] = to_floats(values, where)
+    past: dict[str, Column] = {}
+    future: dict[str, Column | None] = {}
+    for name in sorted(read[0].past):
+        past[name] = _as_column(numpy.concatenate([entry.past[name] for entry in read]), f"the covariate {name!r}")
+    for name in sorted(read[0].future):
+        values = numpy.concatenate([entry.future[name] for entry in read])
+        if len(values) == 0:
+            future[name] = None
+        elif isinstance(past[name], numpy.ndarray):
+            future[name] = to_floats(values, f"the covariate {name!r}'s future")
         else:
             import pandas
 
-            future_columns[name] = pandas.Series(values)
-    lengths = [target.shape[1] for target in targets]
-    return (
-        from_columns(numpy.concatenate(targets, axis=1), past_columns, future_columns, lengths, horizon, keep),
-        names,
-    )
+            future[name] = pandas.Series(values)
+    targets = numpy.concatenate([entry.target for entry in read], axis=1)
+    lengths = [entry.target.shape[1] for entry in read]
+    return from_columns(targets, past, future, lengths, horizon, keep), names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A dict of the inputs: target [targets, time], covariates [time] and [horizon], or [0] when that is not known."""
+
+    target: Floats
+    past: dict[str, NDArray[Any]]
+    future: dict[str, NDArray[Any]]
+
+    @classmethod
+    def read(cls, entry: Any, where: str, horizon: int) -> _Entry:
+        """Raises ArgumentError, TypeError."""
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"{where} is a {type(entry).__name__}; all inputs must be dicts, or none")
+        for key in entry:
+            if key not in _KEYS:
+                raise ArgumentError(f"{where} has the key {key!r}; the keys are {', '.join(_KEYS)}")
+        if "target" not in entry:
+            raise ArgumentError(f'{where} has no "target"')
+        target = to_floats(entry["target"], f'{where}["target"]')
+        if target.ndim not in (1, 2) or target.size == 0:
+            raise ArgumentError(
+                f'{where}["target"] has the shape {list(target.shape)}; it must be [time] or [targets, time], '
+                "with one observation at least"
+            )
+        target = target.reshape(-1, target.shape[-1])
+        past, future = ({} if entry.get(key) is None else entry[key] for key in _KEYS[1:])
+        past = _read_covariates(past, f'{where}["past_covariates"]', target.shape[1], "the target")
+        future = _read_covariates(future, f'{where}["future_covariates"]', horizon, "the horizon")
+        for name in future:
+            if name not in past:
+                raise ArgumentError(
+                    f'{where}["future_covariates"] has {name!r}, whose past is not in "past_covariates" '
+                    f"(there: {', '.join(map(repr, past)) or 'none'})"
+                )
+        for name, values in past.items():
+            if values.size == 0:
+                raise ArgumentError(f'{where}["past_covariates"][{name!r}] has no values')
+        return cls(target, past, future)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What all entries must have in common."""
+        return {
+            "targets": len(self.target),
+            "past covariates": sorted(self.past),
+            "future covariates": sorted(self.future),
+            "future covariates without values": sorted(name for name, values in self.future.items() if not values.size),
+        }
+
+
+def _read_covariates(covariates: Any, where: str, length: int, of: str) -> dict[str, NDArray[Any]]:
+    """{name: [length] or, of None, [0]}. Raises ArgumentError, TypeError."""
+    if not isinstance(covariates, Mapping):
+        raise TypeError(f"{where} must be a dict of name: values")
+    read: dict[str, NDArray[Any]] = {}
+    for name, given in covariates.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{where} has the name {name!r}; it must be a str")
+        values = _to_numpy([] if given is None else given, f"{where}[{name!r}]")
+        if values.size > 0 and values.shape != (length,):
+            raise ArgumentError(
+                f"{where}[{name!r}] has the shape {list(values.shape)}; it must be [{length}], as long as {of}"
+            )
+        read[name] = _as_covariate(values)
+    return read
 
 
 # --- Values ---
@@ -374,7 +386,7 @@ def _as_column(values: Any, name: str) -> Column:
 
 def _as_covariate(values: NDArray[Any]) -> NDArray[Any]:
     """`values`; a list of numbers among which some are None is one of numbers."""
-    if values.dtype == object:
+    if values.dtype == object and values.size:
         plain = _none_for_na(values)
         if all(value is None or (isinstance(value, numbers.Real) and not isinstance(value, bool)) for value in plain):
             return plain.astype(numpy.float64)
@@ -382,7 +394,7 @@ def _as_covariate(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _none_for_na(values: NDArray[Any]) -> NDArray[Any]:
-    """None for pandas' NA, which turns into no float. There is none where pandas was not imported."""
+    """None in place of pandas' NA, which turns into no float. There is no NA where pandas was not imported."""
     pandas: Any = sys.modules.get("pandas")
     if pandas is not None:
         values = values.copy()
