@@ -49,7 +49,7 @@ def open_database(path: str | os.PathLike[str], *, busy_timeout_s: float = 10.0)
     Raises ConfigurationError when SQLite is too old, StorageError when the file cannot be used.
     """
     require_sqlite(sqlite3.sqlite_version_info)
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).absolute()  # SQLite takes a relative one that begins with "file:" for a URI
     try:
         # SQLite gives the -wal and -shm files beside it the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
