@@ -116,7 +116,7 @@ class Seed:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise SeedError(f"{name}: {error.strerror}; a seed must be a regular file, not a link") from None
-        with open(descriptor, "rb") as file:
+        try:
             # Of the open file, so that nobody can exchange it between the look and the reading.
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -126,7 +126,9 @@ class Seed:
             mode = stat.S_IMODE(status.st_mode)
             if mode not in (0o600, 0o400):
                 raise SeedError(f"{name}: its mode is {mode:04o}; a seed's must be 0600 or 0400 (chmod 600 {name})")
-            match = SEED_LINE.fullmatch(file.read(128))
+            match = SEED_LINE.fullmatch(os.read(descriptor, 128))
+        finally:
+            os.close(descriptor)
         if not match:
             raise SeedError(f'{name}: is not a seed; it must be one line, "diffusionz-seed VERSION 64-HEX-DIGITS"')
         return cls(bytes.fromhex(match[2].decode()), int(match[1]))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -166,6 +167,16 @@ class Movement(NamedTuple):
     delta: int
 
 
+class Change(NamedTuple):
+    """What a transaction does to an account of ours, of which `balance` is recorded."""
+
+    account: str
+    address: str
+    mint: str
+    balance: int
+    delta: int
+
+
 class Waiting(NamedTuple):
     """A deposit that is not credited yet. amount in base units, or lamports (mint "SOL")."""
 
@@ -253,21 +264,24 @@ class Deposits:
         recorded = []
         with immediate(self.connection):
             changes = self._changes(transaction)
+            taken: Counter[str] = Counter()
+            for change in changes:
+                taken[change.mint] += max(-change.delta, 0)
             for account, address, mint, balance, delta in changes:
+                if self.knows(signature, account):
+                    continue
                 if max(abs(delta), abs(balance + delta)) > AMOUNT_MAX:
                     self.alarm("beyond the ledger's range", account, f"{delta} of {mint} in {signature}")
                     continue
-                kind = "deposit" if delta > 0 else self._kind_of_debit(transaction, address, mint)
-                row = self.connection.execute(
+                kind = "deposit" if delta > 0 else self._kind_of_debit(transaction, address, mint, taken[mint])
+                (id,) = self.connection.execute(
                     "INSERT INTO movements (signature, account, mint, kind, delta, slot, block_time, recorded_at)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id",
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
                     (signature, account, mint, kind, delta, transaction.slot, transaction.block_time, now),
                 ).fetchone()
-                if row is None:
-                    continue
                 movement = Movement(signature, account, mint, kind, delta)
                 if kind == "deposit":
-                    self._receive(row[0], movement, address)
+                    self._receive(id, movement, address)
                 else:
                     self._give_up(movement)
                 recorded.append(movement)
@@ -351,8 +365,8 @@ class Deposits:
             "SELECT kind, subject, detail FROM alarms WHERE cleared_at IS NULL ORDER BY id"
         ).fetchall()
 
-    def _changes(self, transaction: Transaction) -> list[tuple[str, str, str, int, int]]:
-        """(account, address, mint, recorded balance, delta) of every account of ours that the transaction changed."""
+    def _changes(self, transaction: Transaction) -> list[Change]:
+        """What the transaction did to each of our accounts."""
         keys = [str(key) for key in transaction.keys]
         places = ", ".join("?" * len(keys))
         ours = self.connection.execute(
@@ -362,7 +376,7 @@ class Deposits:
         changes = []
         for account, address, mint, balance in ours:
             if delta := self._delta(transaction, account, address, mint):
-                changes.append((account, address, mint, balance, delta))
+                changes.append(Change(account, address, mint, balance, delta))
         return changes
 
     def _delta(self, transaction: Transaction, account: str, owner: str, mint: str) -> int:
@@ -373,11 +387,17 @@ class Deposits:
         wallet = Pubkey.from_string(owner)
         return transaction.token_delta(key, mint=self.mint, owner=wallet, program=self.token_program)
 
-    def _kind_of_debit(self, transaction: Transaction, address: str, mint: str) -> str:
-        """A sweep if our key signed it and the treasury has the gain. Whatever else takes from us is a loss."""
+    def _kind_of_debit(self, transaction: Transaction, address: str, mint: str, taken: int) -> str:
+        """A sweep if our key signed it, and either the sweeper wrote it down, or the treasury gained all that was
+        taken, as in a sweep that a restored backup has forgotten. Whatever else takes from us is a loss."""
+        if Pubkey.from_string(address) not in transaction.signers:
+            return "loss"
         destination = self.treasury if mint == SOL else self.treasury_tokens
-        gain = self._delta(transaction, destination, self.treasury, mint)
-        return "sweep" if Pubkey.from_string(address) in transaction.signers and gain > 0 else "loss"
+        written = self.connection.execute(
+            "SELECT 1 FROM sweeps WHERE signature = ?", (str(transaction.signature),)
+        ).fetchone()
+        gained = self._delta(transaction, destination, self.treasury, mint)
+        return "sweep" if written or gained >= taken else "loss"
 
     def _receive(self, movement_id: int, movement: Movement, address: str) -> None:
         self.connection.execute("INSERT INTO waiting VALUES (?, 'new')", (movement_id,))
