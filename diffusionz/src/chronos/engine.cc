@@ -375,7 +375,7 @@ void Engine::forecast(const ChronosRequest& request, Task& task, float* out) {
                                   values[static_cast<size_t>(level)] =
                                       quantiles[static_cast<size_t>(((i - begin) * native + level) * horizon + step)];
                               // Rearrangement (Chernozhukov et al. 2010): sorted quantiles are never further from the true ones.
-                              if (request.monotone) std::sort(values.begin(), values.end());
+                              if (request.monotone) std::sort(values.begin(), values.end(), nan_last);
                               interpolate_quantiles(config.quantiles, values.data(), wanted, at_levels.data());
                               for (int64_t level = 0; level < level_count; ++level)
                                   out[(target * level_count + level) * horizon + step] = at_levels[static_cast<size_t>(level)];

@@ -23,6 +23,7 @@ float value_at(double level, size_t count, LevelOf&& level_of, ValueOf&& value_o
     if (upper == count) return value_of(count - 1);
     const double low = level_of(upper - 1), high = level_of(upper);
     const double below = value_of(upper - 1), above = value_of(upper);
+    if (level == low || below == above) return value_of(upper - 1);  // whatever stands above it: it may be infinite or NaN
     return static_cast<float>(below + (level - low) / (high - low) * (above - below));
 }
 
@@ -50,7 +51,7 @@ std::vector<double> probability_masses(const std::vector<double>& levels) {
 }
 
 void weighted_quantiles(std::vector<Weighted>& samples, const std::vector<double>& levels, float* out) {
-    std::sort(samples.begin(), samples.end(), [](const Weighted& a, const Weighted& b) { return a.value < b.value; });
+    std::sort(samples.begin(), samples.end(), [](const Weighted& a, const Weighted& b) { return nan_last(a.value, b.value); });
     double sum = 0.0;
     for (Weighted& sample : samples) sample.weight = sum += sample.weight;
     for (size_t i = 0; i < levels.size(); ++i)

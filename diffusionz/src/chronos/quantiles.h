@@ -1,12 +1,16 @@
 // Quantiles of one step, as chronos-forecasting's utils.py interpolates and mixes them.
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 namespace diffusionz::chronos {
 
 // Levels are compared so, not by their bits: 0.1 * 3 is 0.30000000000000004.
 bool same_level(double a, double b);
+
+// Whether a stands before b: the order for sorting what may hold NaN, as a damaged checkpoint's forecasts do.
+inline bool nan_last(float a, float b) { return a < b || (std::isnan(b) && !std::isnan(a)); }
 
 // Values at `levels` on the straight lines between (known_levels, values), known_levels ascending; flat outside.
 void interpolate_quantiles(const std::vector<double>& known_levels, const float* values, const std::vector<double>& levels,
