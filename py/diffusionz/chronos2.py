@@ -253,16 +253,15 @@ class Chronos2(Model):
         request = _Request(rows)
 
         def work(task: Any) -> Any:
-            out = ffi.new("ChronosEmbedding *")
+            out = ffi.gc(ffi.new("ChronosEmbedding *"), lib.chronos_free_embedding)
             check(lib.chronos_embed(context, request.struct, task, out))
             return out
 
         out, _ = watched(work, on_progress, progress, unit="row", patience=_PATIENCE_SECONDS)
-        values = ffi.gc(out.values, lambda _: lib.chronos_free_embedding(out))
         count, width = len(rows.items), out.width
-        offsets = _view(out.token_offsets, numpy.int64, count + 1).copy()
-        loc, scale = (_view(pointer, numpy.float32, count).copy() for pointer in (out.loc, out.scale))
-        tokens = _view(values, numpy.float32, int(offsets[-1]) * width).reshape(-1, width)
+        offsets = _view(out, out.token_offsets, numpy.int64, count + 1)
+        loc, scale = (_view(out, pointer, numpy.float32, count) for pointer in (out.loc, out.scale))
+        tokens = _view(out, out.values, numpy.float32, int(offsets[-1]) * width).reshape(-1, width)
         starts = numpy.searchsorted(rows.items, numpy.arange(int(rows.items[-1]) + 1))
         ends = starts + numpy.bincount(rows.items, rows.is_target).astype(int)
         return Embedding(
@@ -360,14 +359,13 @@ class Chronos2(Model):
         context = self._alive()
 
         def work(task: Any) -> Any:
-            out = ffi.new("ChronosForecast *")
+            out = ffi.gc(ffi.new("ChronosForecast *"), lib.chronos_free_forecast)
             check(lib.chronos_forecast(context, request.struct, task, out))
             return out
 
         out, _ = watched(work, on_progress, progress, unit="row", patience=_PATIENCE_SECONDS)
         shape = (out.target_count, out.level_count, out.prediction_length)
-        values = ffi.gc(out.quantiles, lambda _: lib.chronos_free_forecast(out))
-        return _view(values, numpy.float32, shape[0] * shape[1] * shape[2]).reshape(shape)
+        return _view(out, out.quantiles, numpy.float32, shape[0] * shape[1] * shape[2]).reshape(shape)
 
 
 class _Request:
@@ -414,12 +412,13 @@ class _Request:
         return self._kept[-1]
 
 
-def _view(pointer: Any, dtype: Any, count: int) -> NDArray[Any]:
-    """`count` values of C memory, which lives as long as what is returned when `pointer` owns it."""
+def _view(owner: Any, pointer: Any, dtype: Any, count: int) -> NDArray[Any]:
+    """`count` values of C memory that `owner` frees: what is returned keeps it alive."""
     import numpy
 
     from diffusionz._ffi import ffi
 
+    pointer = ffi.gc(pointer, lambda _, owner=owner: None)  # nothing to do but to hold the owner
     return numpy.frombuffer(ffi.buffer(pointer, count * numpy.dtype(dtype).itemsize), dtype)
 
 

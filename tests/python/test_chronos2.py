@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import decimal
 import gc
 import itertools
@@ -755,12 +756,18 @@ def test_a_forecast_outlives_the_model(tiny_chronos: pathlib.Path) -> None:
 
 
 def test_results_are_freed(model: Chronos2) -> None:
-    """Forty forecasts of 8 MiB, of which none is kept."""
+    """Forty forecasts of 8 MiB, of which none is kept, or even returned."""
+
+    def at_the_end(progress: Progress) -> None:
+        if progress.stage == "done":
+            raise Cancelled
+
     psutil = pytest.importorskip("psutil")
     rows = walk(100, 20)
     process = psutil.Process()
     for i in itertools.count():
-        model.forecast(rows, 1024, None)
+        with pytest.raises(Cancelled) if i % 2 else contextlib.nullcontext():
+            model.forecast(rows, 1024, None, on_progress=at_the_end if i % 2 else None, progress=False)
         if i == 10:
             before = process.memory_info().rss
         if i == 50:
