@@ -256,15 +256,20 @@ class Chain:
         wanted = _RANKS[commitment]
         return [listed for level, listed in found if level is None or _RANKS[_level(level)] >= wanted]
 
-    async def transaction(self, signature: Signature, *, commitment: str = "finalized") -> Transaction:
-        """The landed transaction. One that the node does not have is an error: it may have it later."""
+    async def transaction(
+        self, signature: Signature, *, slot: int | None = None, commitment: str = "finalized"
+    ) -> Transaction:
+        """The landed transaction. One that the node does not have is an error: it may have it later.
+
+        So is one of another slot than `slot`, where a listing has told it: the two answers are of different forks.
+        """
         return await self._call(
             "getTransaction",
             lambda: self._client.get_transaction(
                 signature, "base64", Commitment(commitment), max_supported_transaction_version=0
             ),
             responses.GetTransactionResp,
-            lambda reply: _transaction(signature, reply),
+            lambda reply: _transaction(signature, slot, reply),
         )
 
     async def statuses(self, signatures: Sequence[Signature], *, min_context_slot: int = 0) -> Statuses:
@@ -549,10 +554,12 @@ def _status(status: TransactionStatus | None) -> Status | None:
     return Status(status.slot, _level(_present(status.confirmation_status)), _text(status.err))
 
 
-def _transaction(signature: Signature, reply: responses.GetTransactionResp) -> Transaction:
-    """Raises ValueError for a reply that contradicts itself or is about another transaction."""
+def _transaction(signature: Signature, slot: int | None, reply: responses.GetTransactionResp) -> Transaction:
+    """Raises ValueError for a reply that contradicts itself, ChainError for one about something else."""
     if reply.value is None:
         raise ChainError(f"getTransaction: the node does not have {signature}")
+    if slot is not None and reply.value.slot != slot:
+        raise ChainError(f"getTransaction: {signature} is in slot {reply.value.slot}; it was listed in slot {slot}")
     encoded = reply.value.transaction
     transaction, meta = encoded.transaction, encoded.meta
     if not isinstance(transaction, VersionedTransaction) or meta is None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from solders.account import Account
+from solders.address_lookup_table_account import ID as ADDRESS_LOOKUP_TABLE_ID
 from solders.address_lookup_table_account import AddressLookupTable
 from solders.hash import Hash
 from solders.keypair import Keypair
@@ -367,11 +368,20 @@ class Cluster:
         writable: list[Pubkey] = []
         readonly: list[Pubkey] = []
         for lookup in message.address_table_lookups if isinstance(message, MessageV0) else ():
-            table = self._now(lookup.account_key)
-            listed = AddressLookupTable.deserialize(table.data).addresses if table else []
+            listed = self._listed(lookup.account_key)
             writable += [listed[i] for i in bytes(lookup.writable_indexes) if i < len(listed)]
             readonly += [listed[i] for i in bytes(lookup.readonly_indexes) if i < len(listed)]
         return [*message.account_keys, *writable, *readonly], writable, readonly
+
+    def _listed(self, table: Pubkey) -> list[Pubkey]:
+        """The table's addresses; none of what is no table, which LiteSVM then refuses with its proper error."""
+        account = self._now(table)
+        if account is None or account.owner != ADDRESS_LOOKUP_TABLE_ID:
+            return []
+        try:
+            return AddressLookupTable.deserialize(account.data).addresses
+        except ValueError:
+            return []
 
     def _lamports(self, keys: list[Pubkey]) -> list[int]:
         return [self._svm.get_balance(key) or 0 for key in keys]

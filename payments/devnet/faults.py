@@ -6,6 +6,7 @@ module's exceptions. Install one with `Devnet.fault(lost_reply, "sendTransaction
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -177,5 +178,16 @@ def swapped(signature: Signature) -> Fault:
     def fault(call: Call, proceed: Proceed) -> Any:
         call.params[0] = str(signature)
         return proceed()
+
+    return fault
+
+
+def altered(change: Callable[[Any], None]) -> Fault:
+    """The true result, after `change` has had its way with it."""
+
+    def fault(call: Call, proceed: Proceed) -> Any:
+        result = copy.deepcopy(proceed())
+        change(result)
+        return result
 
     return fault

@@ -11,13 +11,8 @@ import httpx2
 import uvicorn
 from solana.rpc.async_api import AsyncClient
 from solana.rpc.commitment import Commitment
-from solders.address_lookup_table_account import (
-    ID as ADDRESS_LOOKUP_TABLE_ID,
-)
-from solders.address_lookup_table_account import (
-    AddressLookupTableAccount,
-    derive_lookup_table_address,
-)
+from solders.address_lookup_table_account import ID as ADDRESS_LOOKUP_TABLE_ID
+from solders.address_lookup_table_account import AddressLookupTableAccount, derive_lookup_table_address
 from solders.compute_budget import set_compute_unit_limit
 from solders.hash import Hash
 from solders.instruction import AccountMeta, Instruction

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from solders.account import Account
-from solders.hash import Hash
+from solders.hash import Hash, ParseHashError
 from solders.message import MessageV0, from_bytes_versioned
 from solders.pubkey import Pubkey
 from solders.signature import Signature
@@ -181,7 +181,7 @@ class Rpc:
         slot = self._slot(_config(params, 1))
         try:
             blockhash = Hash.from_string(_string(params, 0))
-        except ValueError:
+        except ParseHashError:
             raise RpcError(-32602, "Invalid param: Invalid") from None
         return self._context(slot, self.cluster.knows_blockhash(blockhash, slot))
 

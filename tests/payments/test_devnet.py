@@ -18,6 +18,7 @@ from solana.rpc.async_api import AsyncClient
 from solana.rpc.commitment import Commitment
 from solana.rpc.core import RPCException
 from solana.rpc.models import TokenAccountOpts, TxOpts
+from solders.address_lookup_table_account import AddressLookupTableAccount
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 from solders.message import Message
@@ -58,8 +59,8 @@ class Market:
 
     def overspend(self) -> VersionedTransaction:
         """Fails in the token program: the payer has not so much."""
-        source = self.payer.pubkey()
-        return self.devnet.build([self.devnet.transfer_instruction(self.mint, source, self.account, 10**15)], self.payer)
+        pay = self.devnet.transfer_instruction(self.mint, self.payer.pubkey(), self.account, 10**15)
+        return self.devnet.build([pay], self.payer)
 
     def ask(self, method: str, *params: Any) -> Any:
         """One JSON-RPC request as raw JSON: the result, or the error object."""
@@ -233,18 +234,17 @@ def test_a_devnet_out_of_range_is_refused(wrong: dict[str, int]) -> None:
 
 def test_every_read_is_of_the_state_at_its_commitment(market: Market) -> None:
     signature = str(market.pay(9))
-    account, receiver = str(market.account), str(market.account)
+    account, owner, mint = str(market.account), str(market.receiver.pubkey()), str(market.mint)
     versioned = {"maxSupportedTransactionVersion": 0}
 
     def seen(commitment: str) -> tuple[bool, ...]:
         at = {"commitment": commitment}
         told = [
-            market.ask("getBalance", receiver, at)["value"] > 0,
+            market.ask("getBalance", account, at)["value"] > 0,
             market.ask("getAccountInfo", account, at)["value"] is not None,
             market.ask("getMultipleAccounts", [account], at)["value"][0] is not None,
             "value" in market.ask("getTokenAccountBalance", account, at),
-            market.ask("getTokenAccountsByOwner", str(market.receiver.pubkey()), {"mint": str(market.mint)}, at)["value"]
-            != [],
+            market.ask("getTokenAccountsByOwner", owner, {"mint": mint}, at)["value"] != [],
         ]
         if commitment != "processed":
             told.append(market.ask("getTransaction", signature, at | versioned) is not None)
@@ -445,6 +445,22 @@ def test_lookup_tables_name_accounts_that_the_message_does_not(market: Market) -
     assert keys["message"]["accountKeys"][own] == {
         "pubkey": str(market.account), "signer": False, "writable": True, "source": "lookupTable",
     }  # fmt: skip
+
+
+def test_a_lookup_table_that_is_none_or_is_too_short_is_refused(market: Market) -> None:
+    devnet = market.devnet
+    market.pay(1)
+    short = devnet.create_lookup_table([market.mint])
+    devnet.advance()
+    pay = devnet.transfer_instruction(market.mint, market.payer.pubkey(), market.account, 77)
+    tables = {
+        "InvalidAddressLookupTableOwner": AddressLookupTableAccount(market.mint, [market.account]),
+        "AddressLookupTableNotFound": AddressLookupTableAccount(Keypair().pubkey(), [market.account]),
+        "InvalidAddressLookupTableIndex": AddressLookupTableAccount(short.key, [market.mint, market.account]),
+    }
+    for error, table in tables.items():
+        with pytest.raises(ValueError, match=error):
+            devnet.land(devnet.build([pay], market.payer, lookup_tables=[table]))
 
 
 def test_memos_inner_instructions_and_names(market: Market) -> None:
