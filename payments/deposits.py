@@ -31,7 +31,7 @@ from solders.pubkey import Pubkey
 from spl.token.instructions import get_associated_token_address
 
 from diffusionz.payments import tokens
-from diffusionz.payments.chain import Transaction
+from diffusionz.payments.chain import Chain, Transaction
 from diffusionz.payments.database import Connection, immediate
 from diffusionz.payments.errors import ConfigurationError, RateError
 from diffusionz.payments.ledger import AMOUNT_MAX, Ledger, Result
@@ -116,13 +116,14 @@ MIGRATIONS = [
             reason   TEXT NOT NULL
         ) STRICT;
 
-        -- Only to show: what has arrived and is not final. Nobody can spend it.
+        -- Only to show: what has arrived and is not final. Nobody can spend it. Such amounts are u64, as text: INTEGER
+        -- cannot hold them all.
         CREATE TABLE arriving (
             account TEXT PRIMARY KEY REFERENCES chain_accounts (account),
-            amount  INTEGER NOT NULL CHECK (amount > 0)
+            amount  TEXT NOT NULL
         ) STRICT;
 
-        -- Token accounts of our addresses beside the associated one. Amounts are u64, which INTEGER cannot hold.
+        -- Token accounts of our addresses beside the associated one.
         CREATE TABLE strays (
             account TEXT PRIMARY KEY,
             address TEXT NOT NULL REFERENCES deposit_addresses (address),
@@ -315,22 +316,23 @@ class Deposits:
     def show_arriving(self, amounts: Iterable[tuple[str, int]]) -> None:
         """Replaces what is shown as arriving in each of these accounts of the chain; 0 or less: nothing is."""
         shown = dict(self.connection.execute("SELECT account, amount FROM arriving"))
-        changed = [(account, amount) for account, amount in amounts if max(amount, 0) != shown.get(account, 0)]
+        changed = [(account, amount) for account, amount in amounts if str(max(amount, 0)) != shown.get(account, "0")]
         if changed:
             with immediate(self.connection):
                 for account, amount in changed:
                     if amount > 0:
-                        self.connection.execute("INSERT OR REPLACE INTO arriving VALUES (?, ?)", (account, amount))
+                        self.connection.execute("INSERT OR REPLACE INTO arriving VALUES (?, ?)", (account, str(amount)))
                     else:
                         self.connection.execute("DELETE FROM arriving WHERE account = ?", (account,))
 
     def arriving(self, user: str) -> list[tuple[str, int]]:
         """(mint, amount) of what has arrived at the addresses of one of the ledger's accounts and is not final."""
-        return self.connection.execute(
+        rows = self.connection.execute(
             "SELECT c.mint, r.amount FROM arriving AS r JOIN chain_accounts AS c USING (account)"
             " JOIN deposit_addresses AS a ON a.address = c.address WHERE a.account = ? ORDER BY a.assigned_at, c.mint",
             (user,),
-        ).fetchall()
+        )
+        return [(mint, int(amount)) for mint, amount in rows]
 
     def note_stray(self, address: str, account: str, amount: int) -> None:
         """Tells the operator of tokens of an address that are not in the account that is credited."""
@@ -468,6 +470,13 @@ class Deposits:
     def _wait(self, rows: list[tuple[int, str, str, str, int, str, str]], reason: str) -> None:
         for row in rows:
             self.connection.execute("UPDATE waiting SET reason = ? WHERE movement = ?", (reason, row[0]))
+
+
+async def require_cluster(chain: Chain, pins: Pins) -> None:
+    """Raises ConfigurationError when the node belongs to another cluster."""
+    genesis_hash = await chain.genesis_hash()
+    if genesis_hash != pins.genesis_hash:
+        raise ConfigurationError(f"genesis_hash: the cluster's is {genesis_hash}, expected {pins.genesis_hash}")
 
 
 def transfer_id(kind: str, movements: list[Movement]) -> str:

@@ -42,7 +42,7 @@ from spl.token.models import CloseAccountParams, HarvestWithheldTokensToMintPara
 from diffusionz.payments.addresses import DerivedAddress, Seed, checked_keypair
 from diffusionz.payments.chain import Chain
 from diffusionz.payments.database import IntegrityError, immediate
-from diffusionz.payments.deposits import SOL, Deposits
+from diffusionz.payments.deposits import SOL, Deposits, require_cluster
 from diffusionz.payments.errors import ChainError, ConfigurationError, SeedError
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,10 @@ class Sweeper:
         self.min_lamports = min_lamports
         self.clock = clock
         self._treasury_exists = False
+
+    async def start(self) -> None:
+        """Raises ConfigurationError when the cluster is another one, ChainError when it does not answer."""
+        await require_cluster(self.chain, self.deposits.pins)
 
     async def run(self) -> None:
         """Sweeps for ever. Raises SeedError: with a seed that is not the addresses' own, nothing may be signed."""

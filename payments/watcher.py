@@ -30,7 +30,7 @@ from solders.signature import Signature
 from diffusionz.payments import tokens
 from diffusionz.payments.chain import MAX_ACCOUNTS, Chain, Listed, Transaction
 from diffusionz.payments.database import immediate
-from diffusionz.payments.deposits import SOL, Deposits
+from diffusionz.payments.deposits import SOL, Deposits, require_cluster
 from diffusionz.payments.errors import ChainError, ConfigurationError
 from diffusionz.payments.ledger import AMOUNT_MAX
 
@@ -119,9 +119,7 @@ class Watcher:
         """Raises ConfigurationError when the cluster or the token is not what the database was made for, or when the
         token lets somebody take deposits back; ChainError when the cluster does not answer."""
         pins = self.deposits.pins
-        genesis_hash = await self.chain.genesis_hash()
-        if genesis_hash != pins.genesis_hash:
-            raise ConfigurationError(f"genesis_hash: the cluster's is {genesis_hash}, expected {pins.genesis_hash}")
+        await require_cluster(self.chain, pins)
         state = (await self.chain.accounts([self.deposits.mint])).values[0]
         mint = None if state is None else tokens.parse_mint(state.owner, state.data)
         if state is None or mint is None:
