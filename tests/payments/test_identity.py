@@ -228,11 +228,7 @@ SMALL_ORDER = [
 def test_B11_keys_that_anybody_can_sign_for_are_refused(identity: Identity, key: bytes) -> None:
     address = str(Pubkey(key))
     for r in [bytes([1]) + bytes(31), *SMALL_ORDER]:
-        try:
-            challenge = identity.challenge(address, f"client {r.hex()}")
-        except IdentityError as error:
-            assert "no wallet's address" in str(error)
-            return
+        challenge = identity.challenge(address, f"client {r.hex()}")
         with pytest.raises(IdentityError, match="the signature is not"):
             identity.sign_in(address, challenge.nonce, r + bytes(32))
 
