@@ -26,7 +26,6 @@ from solana.rpc.core import RPCException
 from solana.rpc.models import TokenAccountOpts, TxOpts
 from solders.account import Account
 from solders.hash import Hash
-from solders.message import MessageV0
 from solders.pubkey import Pubkey
 from solders.rpc import errors as rpc_errors
 from solders.rpc import responses
@@ -40,7 +39,7 @@ from solders.transaction_status import (
 )
 
 from diffusionz.payments import tokens
-from diffusionz.payments.errors import ChainError, ConfigurationError, TransactionError
+from diffusionz.payments.errors import ChainError, ConfigurationError, CursorError, TransactionError
 
 GENESIS_HASHES = {
     "mainnet": "5eykt4UsFv8P8NJdTREpY1vzqKqZKvdpKuc147dw2N9d",
@@ -63,6 +62,9 @@ _LASTING = (
 )
 
 _RANKS = {"processed": 0, "confirmed": 1, "finalized": 2}
+
+# Of getSignaturesForAddress since Agave 4; solders knows no class for it.
+_FILTER_TRANSACTION_NOT_FOUND = -32020
 
 T = TypeVar("T")
 Q = TypeVar("Q")
@@ -234,9 +236,10 @@ class Chain:
     ) -> list[Listed]:
         """One page of the transactions that name the address, newest first, failed ones too.
 
-        Older than `before`, newer than `until`. A node that does not know `until` gives the newest page instead, one
-        that does not know `before` an empty one. At most 1000; commitment "confirmed" or "finalized". With
-        `min_context_slot` a node that has not come so far is an error.
+        Older than `before`, newer than `until`. When the node does not know one of them, Agave 4 and later raise
+        CursorError; before that an unknown `until` gave the newest page, an unknown `before` an empty one. At most
+        1000; commitment "confirmed" or "finalized". With `min_context_slot` a node that has not come so far is an
+        error.
         """
         found = await self._call(
             "getSignaturesForAddress",
@@ -256,20 +259,15 @@ class Chain:
         wanted = _RANKS[commitment]
         return [listed for level, listed in found if level is None or _RANKS[_level(level)] >= wanted]
 
-    async def transaction(
-        self, signature: Signature, *, slot: int | None = None, commitment: str = "finalized"
-    ) -> Transaction:
-        """The landed transaction. One that the node does not have is an error: it may have it later.
-
-        So is one of another slot than `slot`, where a listing has told it: the two answers are of different forks.
-        """
+    async def transaction(self, signature: Signature, *, commitment: str = "finalized") -> Transaction:
+        """The landed transaction. One that the node does not have is an error: it may have it later."""
         return await self._call(
             "getTransaction",
             lambda: self._client.get_transaction(
                 signature, "base64", Commitment(commitment), max_supported_transaction_version=0
             ),
             responses.GetTransactionResp,
-            lambda reply: _transaction(signature, slot, reply),
+            lambda reply: _transaction(signature, reply),
         )
 
     async def statuses(self, signatures: Sequence[Signature], *, min_context_slot: int = 0) -> Statuses:
@@ -333,15 +331,6 @@ class Chain:
             read,
         )
 
-    async def rent_exempt_minimum(self, size: int) -> int:
-        """The lamports that an account of `size` bytes must hold."""
-        return await self._call(
-            "getMinimumBalanceForRentExemption",
-            lambda: self._client.get_minimum_balance_for_rent_exemption(size),
-            responses.GetMinimumBalanceForRentExemptionResp,
-            lambda reply: reply.value,
-        )
-
     async def genesis_hash(self) -> str:
         """Which cluster this is."""
         return await self._call(
@@ -373,15 +362,6 @@ class Chain:
             lambda: self._client.get_latest_blockhash(Commitment(commitment)),
             responses.GetLatestBlockhashResp,
             lambda reply: Blockhash(reply.value.blockhash, reply.value.last_valid_block_height, reply.context.slot),
-        )
-
-    async def fee(self, message: MessageV0) -> int | None:
-        """The message's fee in lamports; None if its blockhash has expired."""
-        return await self._call(
-            "getFeeForMessage",
-            lambda: self._client.get_fee_for_message(message, Commitment.CONFIRMED),
-            responses.GetFeeForMessageResp,
-            lambda reply: reply.value,
         )
 
     async def send(self, transaction: VersionedTransaction, *, skip_preflight: bool = False) -> Signature:
@@ -477,6 +457,8 @@ def _explain(where: str, caught: BaseException) -> ChainError:
             return ChainError(f"{where}: HTTP {cause.response.status_code}")
         return ChainError(f"{where}: {type(cause).__name__}")
     if isinstance(caught, _Unexpected):
+        if caught.reply == _FILTER_TRANSACTION_NOT_FOUND:
+            return CursorError(f"{where}: the node does not know the transaction that the listing starts or ends at")
         what = f"error {caught.reply}" if isinstance(caught.reply, int) else "a reply of another kind"
         return ChainError(f"{where}: {what}")
     if isinstance(caught, _Behind):
@@ -554,12 +536,10 @@ def _status(status: TransactionStatus | None) -> Status | None:
     return Status(status.slot, _level(_present(status.confirmation_status)), _text(status.err))
 
 
-def _transaction(signature: Signature, slot: int | None, reply: responses.GetTransactionResp) -> Transaction:
+def _transaction(signature: Signature, reply: responses.GetTransactionResp) -> Transaction:
     """Raises ValueError for a reply that contradicts itself, ChainError for one about something else."""
     if reply.value is None:
         raise ChainError(f"getTransaction: the node does not have {signature}")
-    if slot is not None and reply.value.slot != slot:
-        raise ChainError(f"getTransaction: {signature} is in slot {reply.value.slot}; it was listed in slot {slot}")
     encoded = reply.value.transaction
     transaction, meta = encoded.transaction, encoded.meta
     if not isinstance(transaction, VersionedTransaction) or meta is None:

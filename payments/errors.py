@@ -10,6 +10,7 @@ PaymentsError
 ├── ExpiredError                              the hold's time has passed
 ├── RateError                                 no rate can be trusted now, so nothing can be priced
 ├── ChainError                                the cluster did not answer, or not sensibly; .retryable
+│   ├── CursorError                           the node does not know where a listing should start or end
 │   └── TransactionError                      the node refuses a transaction; .reason
 ├── IdentityError                             a signature, nonce, API key or scope was not accepted
 ├── LimitError                                asked for too often; .retry_after_s
@@ -68,6 +69,10 @@ class ChainError(PaymentsError):
     def __init__(self, message: str, *, retryable: bool = True) -> None:
         super().__init__(message)
         self.retryable = retryable
+
+
+class CursorError(ChainError):
+    """The node does not know the transaction at which a listing should start or end. Without it, it would list."""
 
 
 class TransactionError(ChainError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 import httpx2
 import uvicorn
@@ -67,7 +68,10 @@ class Devnet:
         slot_seconds: float = 0.4,
         first_slot: int = 1000,
         genesis_time: int = GENESIS_TIME,
+        strict_cursors: bool = False,
     ) -> None:
+        """Lags are in slots, `genesis_time` in Unix seconds. `strict_cursors`: a listing's unknown `before` or `until`
+        is an error, as since Agave 4, and not passed over in silence, as before."""
         self.cluster = Cluster(
             seed,
             confirmed_lag=confirmed_lag,
@@ -76,10 +80,25 @@ class Devnet:
             first_slot=first_slot,
             genesis_time=genesis_time,
         )
-        self.rpc = Rpc(self.cluster, self.airdrop)
+        self.rpc = Rpc(self.cluster, self.airdrop, self._controls(), strict_cursors=strict_cursors)
         self._finalized_lag = finalized_lag
         self._slot_seconds = slot_seconds
         self._sent = 0
+
+    def _controls(self) -> dict[str, Callable[..., Any]]:
+        """What a program elsewhere may ask of a devnet that is served, as JSON-RPC methods of those names."""
+
+        def key(text: str) -> Pubkey:
+            return Pubkey.from_string(text)
+
+        return {
+            "devnet_createMint": lambda decimals, name: str(self.create_mint(decimals, name=name)),
+            "devnet_mintTo": lambda mint, owner, amount: str(self.mint_to(key(mint), key(owner), amount)),
+            "devnet_advance": lambda slots: self.advance(slots),
+            "devnet_drop": lambda signature: [
+                str(lost.signatures[0]) for lost in self.drop(Signature.from_string(signature))
+            ],
+        }
 
     # Time and forks --------------------------------------------------------------------------------------------------
 

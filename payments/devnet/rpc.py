@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from solders.account import Account
@@ -48,10 +48,19 @@ Json = Any
 
 
 class Rpc:
-    """Answers requests. `behind` is how many slots late this node is; `installed` are its faults."""
+    """Answers requests. `behind` is how many slots late this node is; `installed` are its faults; `controls` are
+    methods that no real node has."""
 
-    def __init__(self, cluster: Cluster, faucet: Callable[[Pubkey, int], Signature]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        faucet: Callable[[Pubkey, int], Signature],
+        controls: Mapping[str, Callable[..., Json]],
+        *,
+        strict_cursors: bool,
+    ) -> None:
         self.cluster = cluster
+        self.strict_cursors = strict_cursors
         self.behind = 0
         self.installed: list[Installed] = []
         self.calls: list[str] = []
@@ -83,6 +92,8 @@ class Rpc:
             "simulateTransaction": self._simulate_transaction,
             "requestAirdrop": self._request_airdrop,
         }
+        for name, control in controls.items():
+            self._methods[name] = _control(control)
 
     def reply(self, body: bytes) -> tuple[int, bytes]:
         """The HTTP status and body for a request's body. Raises ConnectionLost when a fault swallows the reply."""
@@ -311,7 +322,8 @@ class Rpc:
 
     def _signatures_for_address(self, params: list[Any]) -> Json:
         """Newest first. As on real nodes: failed transactions are listed; `before` and `until` need not name the
-        address; an unknown `until` does not limit; an unknown `before` lists nothing."""
+        address. Of unknown ones, `until` does not limit and `before` lists nothing; with strict_cursors, as since
+        Agave 4 (agave pull request 7937), either is an error."""
         address, config = _pubkey(params, 0), _config(params, 1)
         limit = _field(config, "limit", int)
         limit = MAX_SIGNATURES_LISTED if limit is None else limit
@@ -319,8 +331,12 @@ class Rpc:
             raise RpcError(-32602, f"Invalid limit; max {MAX_SIGNATURES_LISTED}")
         newest = self._slot(_above_processed(config))
         before, until = (self._known(config.get(name), newest) for name in ("before", "until"))
-        if config.get("before") is not None and before is None:
-            return []
+        for name, found in (("before", before), ("until", until)):
+            if config.get(name) is not None and found is None:
+                if self.strict_cursors:
+                    raise RpcError(-32020, f"Transaction {config[name]} not found")
+                if name == "before":
+                    return []
         listed: list[Json] = []
         for record in reversed(self.cluster.records_of(address)):
             if until is not None and record.position <= until.position:
@@ -337,6 +353,7 @@ class Rpc:
                     "memo": parsed.memo(record),
                     "blockTime": record.block_time,
                     "confirmationStatus": self._status_name(record.slot),
+                    "transactionIndex": record.index,
                 }
             )
         return listed
@@ -529,6 +546,16 @@ class Rpc:
             return str(self._faucet(_pubkey(params, 0), _integer(params, 1)))
         except ValueError:
             raise RpcError(-32603, "Internal error") from None
+
+
+def _control(run: Callable[..., Json]) -> Callable[[list[Any]], Json]:
+    def method(params: list[Any]) -> Json:
+        try:
+            return run(*params)
+        except (TypeError, ValueError) as error:
+            raise RpcError(-32602, f"Invalid params: {error}") from None
+
+    return method
 
 
 # Parameters ----------------------------------------------------------------------------------------------------------
