@@ -147,6 +147,7 @@ def _dress(panel: Any, dates: bool) -> None:
         spine.set_visible(side == "bottom")
         spine.set_color(_GRID)
     panel.tick_params(length=0, labelsize=9, labelcolor=_QUIET)
+    panel.xaxis.get_offset_text().set(fontsize=9, color=_QUIET)
     panel.margins(x=0.01)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}".replace("-", "\N{MINUS SIGN}")))
     if dates:
