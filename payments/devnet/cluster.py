@@ -2,6 +2,9 @@
 
 LiteSVM has the real programs and the real rules of fees and rent, but one state without time. Here every account keeps
 its versions by slot, so that a read at a commitment sees the state of that commitment's slot, as on a real node.
+
+Unlike on mainnet, a transaction that names a program that does not exist is not taken, where it would land for its fee;
+durable nonces are unknown; and trial runs are always on the newest state.
 """
 
 from __future__ import annotations

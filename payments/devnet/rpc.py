@@ -2,7 +2,7 @@
 
 Names, parameters, limits, error codes and messages follow Agave's RPC (rpc/src/rpc.rs, rpc_client_api custom_error.rs)
 as far as the `solana` package's AsyncClient and this package need them. Not here: subscriptions, blocks, stakes and
-validators; durable nonces; address lookups of a fork's past.
+validators.
 """
 
 from __future__ import annotations
