@@ -118,11 +118,11 @@ _URL = _text(r"https?://[!-~]{1,2000}", "a URL that begins with https:// or http
 
 def _setting(check: Check, default: Any = None, *, secret: bool = False) -> Any:
     """A field; its default is what a file would say. `secret`: the value is shown nowhere."""
-    return dataclasses.field(
-        default=None if default is None else check(default),
-        metadata={"check": check, "secret": secret},
-        repr=not secret,
-    )
+
+    def make_default() -> Any:
+        return None if default is None else check(default)
+
+    return dataclasses.field(default_factory=make_default, metadata={"check": check, "secret": secret}, repr=not secret)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,7 +294,7 @@ def read_secret(path: str | os.PathLike[str], what: str) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         refuse(f"cannot be read: {error.strerror}")
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             refuse("is not a file")
@@ -302,7 +302,10 @@ def read_secret(path: str | os.PathLike[str], what: str) -> bytes:
             refuse(f"has mode {status.st_mode & 0o777:04o}, so others may use it; chmod 600")
         if status.st_uid not in (os.geteuid(), 0):
             refuse(f"belongs to the user {status.st_uid}; it must be this process's or root's")
-        content = file.read(SECRET_MAX + 1).rstrip(b"\r\n")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(SECRET_MAX + 1).rstrip(b"\r\n")
+    finally:
+        os.close(descriptor)
     if not 1 <= len(content) <= SECRET_MAX:
         refuse(f"has {len(content)} bytes or more; it must have from 1 to {SECRET_MAX}" if content else "is empty")
     return content
