@@ -551,6 +551,18 @@ def test_token_accounts_are_read_as_solders_reads_them(market: Market) -> None:
     assert tokens.parse_mint(TOKEN_PROGRAM_ID, bytes(82)) is None
 
 
+def test_an_account_whose_owner_looks_like_a_mint_is_none(market: Market) -> None:
+    """Where a mint says that it is initialized, an account has a byte of its owner, which anybody may choose."""
+    mint = market.devnet.create_mint(6, name="new", program=TOKEN_2022_PROGRAM_ID)
+    owner = Pubkey(bytes([1] * 32))
+    market.devnet.create_token_account(mint, owner)
+    account = market.devnet.cluster.account(market.devnet.token_address(mint, owner))
+    assert account is not None and account.data[45] == 1
+    assert tokens.parse_mint(account.owner, account.data) is None
+    held = tokens.parse_account(account.owner, account.data)
+    assert held is not None and (held.owner, held.extensions) == (owner, ("immutable_owner",))
+
+
 @given(st.sampled_from([TOKEN_PROGRAM_ID, TOKEN_2022_PROGRAM_ID, Pubkey.default()]), st.binary(max_size=400))
 @settings(max_examples=200, deadline=None)
 def test_no_bytes_break_the_token_parsers(program: Pubkey, data: bytes) -> None:
