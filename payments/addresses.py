@@ -288,6 +288,20 @@ class Addresses:
                 raise AddressError("the pool of deposit addresses is empty; derive more in the signer and add them")
         return str(row[0])
 
+    def retire_free(self) -> int:
+        """Gives the rest of the pool to the ledger's account "adjustments"; returns how many addresses those were.
+
+        For a database that was restored from a backup: some of them may have been issued since it was made, and must
+        never be issued to somebody else. They are watched like all others, and an operator moves on what still comes.
+        """
+        with immediate(self.connection):
+            retired = self.connection.execute(
+                "UPDATE deposit_addresses SET account = 'adjustments', assigned_at = ?"
+                " WHERE account IS NULL AND network = ?",
+                (int(self.clock()), self.network),
+            )
+        return int(retired.rowcount)
+
     def unused(self, account: str) -> list[str]:
         """The account's addresses that nothing was deposited to, oldest first."""
         rows = self.connection.execute(

@@ -33,7 +33,7 @@ from spl.token.instructions import get_associated_token_address
 from diffusionz.payments import tokens
 from diffusionz.payments.chain import Chain, Transaction
 from diffusionz.payments.database import Connection, immediate
-from diffusionz.payments.errors import ConfigurationError, RateError
+from diffusionz.payments.errors import AmountError, ConfigurationError, RateError
 from diffusionz.payments.ledger import AMOUNT_MAX, Ledger, Result
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ MIGRATIONS = [
     ),
 ]
 
-# (lamports, now in seconds since 1970) -> (base units of the token, what the rate rests on). Raises RateError.
+# (lamports, now in seconds since 1970) -> (base units of the token, what the rate rests on). Raises RateError when no
+# rate can be trusted, AmountError when the result is beyond the ledger.
 SolToTokens = Callable[[int, float], tuple[int, str]]
 
 
@@ -200,10 +201,14 @@ class Deposits:
         sol_to_tokens: SolToTokens,
         *,
         treasury: str,
+        on_credit: Callable[[str, int], None] = lambda user, tokens: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`treasury` is the wallet that sweeps pay to. Raises ConfigurationError if the database was made for another
-        token or cluster: what is credited already is of that token."""
+        """`treasury` is the wallet that sweeps pay to. `on_credit` is called with the ledger's account and the base
+        units of each credit, in its transaction: what it writes there is written if the credit is.
+
+        Raises ConfigurationError if the database was made for another token or cluster: what it has is of that token.
+        """
         self.connection = connection
         self.ledger = ledger
         self.pins = pins
@@ -212,6 +217,7 @@ class Deposits:
         self.token_program = Pubkey.from_string(pins.token_program)
         self.treasury = treasury
         self.treasury_tokens = self.token_account(treasury)
+        self.on_credit = on_credit
         self.clock = clock
         wanted = (pins.genesis_hash, pins.mint, pins.token_program, pins.decimals)
         with immediate(connection):
@@ -442,7 +448,7 @@ class Deposits:
             if sol := [row for row in rows if row[3] == SOL]:
                 try:
                     tokens, rate = self.sol_to_tokens(sum(row[4] for row in sol), self.clock())
-                except RateError as error:
+                except (RateError, AmountError) as error:
                     self._wait(sol, f"waits for a rate: {error}")
                     return
                 if tokens < 1:
@@ -466,6 +472,7 @@ class Deposits:
         for row in rows:
             self.connection.execute("INSERT INTO credited VALUES (?, ?)", (row[0], id))
             self.connection.execute("DELETE FROM waiting WHERE movement = ?", (row[0],))
+        self.on_credit(user, tokens)
 
     def _wait(self, rows: list[tuple[int, str, str, str, int, str, str]], reason: str) -> None:
         for row in rows:

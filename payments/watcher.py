@@ -42,7 +42,8 @@ HARMLESS_EXTENSIONS = frozenset(
 )
 UNEXPLAINED = "unexplained balance"  # the alarm
 PATIENCE = 3  # accounts in a row whose history cannot be read, before the scan gives up
-DEEP_INTERVAL_S = 600.0  # between readings of the whole history of an account that it does not explain
+DOUBT_S = 10.0  # for a listing that lags behind the balances, before the whole history is read
+WHOLE_INTERVAL_S = 600.0  # between readings of a whole history that does not explain the balance
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Listing:
     slot: int
     balance: int
     floor: int
+    whole: bool
     before: Signature | None = None
     newest: int = 0
 
@@ -112,7 +114,7 @@ class Watcher:
         self.last_success: float | None = None
         self.failures = 0
         self._listings: dict[str, Listing] = {}
-        self._deep_at: dict[str, float] = {}  # when the whole history of an unexplained account may be read again
+        self._doubts: dict[str, float] = {}  # accounts that do not add up, and when to read their whole history
         self._rotation = 0.0  # addresses, in their order, that had their turn
 
     async def start(self) -> None:
@@ -167,14 +169,17 @@ class Watcher:
         return scan
 
     async def reconcile(self) -> Scan:
-        """Looks at every address there is, and reads each history to its end that does not explain the balance."""
+        """Reads the whole history of every address there is, whatever its balance: two requests an account or more.
+
+        For a database that was restored from a backup. What came and went since is in no balance.
+        """
         self.deposits.watch()
-        self._deep_at.clear()
         rows = self._accounts()
         scan = Scan()
-        await self._look({row.account: row for row in rows}, scan)
+        await self._look({row.account: row for row in rows}, scan, thorough=True)
         while self._listings and not scan.failed:
-            await self._look({row.account: row for row in self._accounts() if row.account in self._listings}, scan)
+            unread = {row.account: row for row in self._accounts() if row.account in self._listings}
+            await self._look(unread, scan, thorough=True)
         await self._find_strays(rows)
         self.deposits.credit_waiting()
         return scan
@@ -202,7 +207,7 @@ class Watcher:
         )
         return [Watched(*row) for row in rows]
 
-    async def _look(self, rows: dict[str, Watched], scan: Scan) -> None:
+    async def _look(self, rows: dict[str, Watched], scan: Scan, thorough: bool = False) -> None:
         """Compares balances, and catches up with the accounts whose balance is another than what is recorded."""
         scan.looked_at += len(rows)
         alarmed = {subject for kind, subject, _ in self.deposits.alarms() if kind == UNEXPLAINED}
@@ -216,12 +221,12 @@ class Watcher:
             accounts = await self.chain.accounts(keys, min_context_slot=newest)
             for row, state in zip(some, accounts.values, strict=True):
                 balance = self._balance(row, state)
-                if balance == row.balance and row.account not in self._listings:
-                    if row.account in alarmed:
+                if balance == row.balance and row.account not in self._listings and not thorough:
+                    if row.account in alarmed or row.account in self._doubts:
                         self._explained(row)
                     continue
                 try:
-                    await self._catch_up(row, balance, accounts.slot, scan)
+                    await self._catch_up(row, balance, accounts.slot, scan, thorough)
                     failed_in_a_row = 0
                 except ChainError as error:
                     logger.warning("the history of %s cannot be read: %s", row.account, error)
@@ -243,19 +248,17 @@ class Watcher:
             self.deposits.alarm("frozen", row.account, f"{account.amount} base units cannot be moved")
         return account.amount
 
-    async def _catch_up(self, row: Watched, balance: int, slot: int, scan: Scan) -> None:
-        """Reads the account's history down to where it is known; to its beginning, if that does not explain the
-        balance; and if that does not either, tells the operator."""
+    async def _catch_up(self, row: Watched, balance: int, slot: int, scan: Scan, thorough: bool) -> None:
+        """Reads the account's history down to where it is known. What that does not explain may be a listing that lags;
+        after a while the history is read to its beginning, and if that is no help either, the operator is told."""
         listing = self._listings.get(row.account)
         if listing is None:
-            if self.deposits.balance_at(row.account, slot) == balance:  # the sweeper or another watcher was faster
+            if not thorough and self.deposits.balance_at(row.account, slot) == balance:  # somebody else was faster
                 self._explained(row)
                 return
-            if self.clock() < self._deep_at.get(row.account, 0.0):
-                scan.unexplained.append(row.account)
-                return
-            listing = Listing(slot, balance, floor=max(row.listed_to - self.overlap_slots, 0))
-            self._listings[row.account] = listing
+            whole = thorough or self.clock() >= self._doubts.get(row.account, math.inf)
+            floor = 0 if whole else max(row.listed_to - self.overlap_slots, 0)
+            listing = self._listings[row.account] = Listing(slot, balance, floor, whole)
         if not await self._read_history(row, listing, scan):
             return  # the next scan goes on
         del self._listings[row.account]
@@ -267,17 +270,16 @@ class Watcher:
         recorded = self.deposits.balance_at(row.account, listing.slot)
         if recorded == listing.balance:
             self._explained(row)
-        elif listing.floor > 0:
-            self._listings[row.account] = Listing(listing.slot, listing.balance, floor=0)
-            await self._catch_up(row, balance, slot, scan)
-        else:
-            scan.unexplained.append(row.account)
-            self._deep_at[row.account] = self.clock() + DEEP_INTERVAL_S
+            return
+        scan.unexplained.append(row.account)
+        self._doubts.setdefault(row.account, self.clock() + DOUBT_S)
+        if listing.whole:
+            self._doubts[row.account] = self.clock() + WHOLE_INTERVAL_S
             detail = f"{row.mint}: the chain has {listing.balance} at slot {listing.slot}, recorded are {recorded}"
             self.deposits.alarm(UNEXPLAINED, row.account, detail)
 
     def _explained(self, row: Watched) -> None:
-        self._deep_at.pop(row.account, None)
+        self._doubts.pop(row.account, None)
         self.deposits.clear_alarm(UNEXPLAINED, row.account)
 
     async def _read_history(self, row: Watched, listing: Listing, scan: Scan) -> bool:

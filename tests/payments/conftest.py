@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from diffusionz.payments.database import Connection, open_database
 from diffusionz.payments.ledger import Ledger
+
+if TYPE_CHECKING:
+    from tests.payments.world import World
 
 
 class Clock:
@@ -45,3 +49,24 @@ def ledger(connection: Connection, clock: Clock) -> Ledger:
     for name in ("user:a", "user:b"):
         ledger.open_account(name, "user")
     return ledger
+
+
+@pytest.fixture
+def build(tmp_path: pathlib.Path) -> Iterator[Callable[..., World]]:
+    """build(**options): a new World of tests/payments/world.py, closed at the end."""
+    from tests.payments.world import World
+
+    worlds: list[World] = []
+
+    def make(**options: Any) -> World:
+        worlds.append(World(tmp_path / f"{len(worlds)}.db", **options))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+@pytest.fixture
+def world(build: Callable[..., World]) -> World:
+    return build()
