@@ -357,6 +357,7 @@ class Chain:
     # Sending ---------------------------------------------------------------------------------------------------------
 
     async def latest_blockhash(self, commitment: str = "confirmed") -> Blockhash:
+        """The blockhash to sign with. Confirmed ones do not vanish in forks, and `send` is tried on the same bank."""
         return await self._call(
             "getLatestBlockhash",
             lambda: self._client.get_latest_blockhash(Commitment(commitment)),

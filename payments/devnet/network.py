@@ -114,6 +114,7 @@ class Devnet:
 
     @property
     def genesis_hash(self) -> Hash:
+        """The cluster's name to its clients; another for every seed."""
         return self.cluster.genesis_hash
 
     def advance(self, slots: int = 1) -> int:
@@ -143,6 +144,7 @@ class Devnet:
         return self.transfer_sol(self.cluster.faucet, address, lamports)
 
     def transfer_sol(self, sender: Keypair, address: Pubkey, lamports: int) -> Signature:
+        """Sends lamports. A new address needs 890,880 of them, the rent of an account without data."""
         return self.send(
             [transfer(TransferParams(from_pubkey=sender.pubkey(), to_pubkey=address, lamports=lamports))], sender
         )
