@@ -172,7 +172,11 @@ class Sweeper:
                 await self._land(id, Signature.from_string(signature))
 
     async def _land(self, id: int, signature: Signature) -> None:
-        transaction = await self.chain.transaction(signature)
+        try:
+            transaction = await self.chain.transaction(signature)
+        except ChainError as error:  # nodes know the status before they know the rest
+            logger.info("sweep %d has landed and cannot be read yet: %s", id, error)
+            return
         with immediate(self.connection):
             self.deposits.record(transaction)
             self._close(id, "landed")
