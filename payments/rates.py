@@ -74,6 +74,7 @@ MIGRATIONS = [
         ) STRICT;
         CREATE INDEX rate_evidence_by_time ON rate_evidence (asset, at);
         CREATE INDEX rate_evidence_accepted ON rate_evidence (asset) WHERE state = 'accepted';
+        CREATE INDEX rate_evidence_quarantined ON rate_evidence (asset) WHERE state = 'quarantined';
         CREATE TABLE rate_approvals (
             evidence_id INTEGER PRIMARY KEY REFERENCES rate_evidence (id),
             at INTEGER NOT NULL,
@@ -369,10 +370,7 @@ class Rates:
 
         By the order of recording, not by time: after a clock was put right, what it recorded before does not count.
         """
-        accepted = self._connection.execute(
-            "SELECT max(id) FROM rate_evidence WHERE asset = ? AND state = 'accepted'", (asset,)
-        ).fetchone()[0]
-        evidence = max(accepted or 0, self._approved(asset))
+        evidence = self._last_counted(asset)
         newest = self._sample(evidence) if evidence else None
         if newest is not None and newest.at > now + self.rules.clock_skew_s:
             raise RateError(f"{asset}: the newest rate is {newest.at - int(now)} s in the future; the clock went back")
@@ -401,11 +399,19 @@ class Rates:
 
     def _approved(self, asset: Asset) -> int:
         """The last sample that an operator let count, or 0: what came before it says nothing about what follows."""
-        (evidence,) = self._connection.execute(
-            "SELECT max(id) FROM rate_evidence WHERE asset = ? AND id IN (SELECT evidence_id FROM rate_approvals)",
+        approved = self._connection.execute(
+            "SELECT id FROM rate_approvals CROSS JOIN rate_evidence ON id = evidence_id WHERE asset = ?"
+            " ORDER BY evidence_id DESC LIMIT 1",
             (asset,),
         ).fetchone()
-        return evidence or 0
+        return approved[0] if approved else 0
+
+    def _last_counted(self, asset: Asset) -> int:
+        """The last sample that counts, or 0."""
+        accepted = self._connection.execute(
+            "SELECT id FROM rate_evidence WHERE asset = ? AND state = 'accepted' ORDER BY id DESC LIMIT 1", (asset,)
+        ).fetchone()
+        return max(accepted[0] if accepted else 0, self._approved(asset))
 
     def _counted(self, asset: Asset, after: int, until: int, since_id: int = 0) -> list[int]:
         """The rates of the samples that count with after < at <= until."""
@@ -514,7 +520,7 @@ class Rates:
         falls = True
         if not counted:
             latest = self._connection.execute(
-                "SELECT rate FROM rate_counted WHERE asset = ? ORDER BY id DESC LIMIT 1", (asset,)
+                "SELECT rate FROM rate_evidence WHERE id = ?", (self._last_counted(asset),)
             ).fetchone()
             if latest is None and asset == "token":
                 latest = self._connection.execute("SELECT max(high) FROM rate_highs").fetchone()
@@ -570,13 +576,14 @@ class Rates:
 
     def quarantined(self) -> list[Quarantined]:
         """The samples since the last that counted, and the medians of windows above the high; newest first."""
-        samples = self._connection.execute(
-            "SELECT id, asset, at, rate, coalesce(json_extract(detail, '$.reference'), 0) FROM rate_evidence AS e"
-            " WHERE state = 'quarantined' AND id > ("
-            "  SELECT coalesce(max(id), 0) FROM rate_counted WHERE asset = e.asset)"
-            " ORDER BY id DESC"
-        )
-        waiting = [Quarantined(f"sample:{row[0]}", *row[1:]) for row in samples]
+        waiting = []
+        for asset in self._sources:
+            samples = self._connection.execute(
+                "SELECT id, at, rate, json_extract(detail, '$.reference') FROM rate_evidence"
+                " WHERE asset = ? AND state = 'quarantined' AND id > ? ORDER BY id DESC",
+                (asset, self._last_counted(asset)),
+            )
+            waiting += [Quarantined(f"sample:{id}", asset, at, rate, known) for id, at, rate, known in samples]
         highs = self._connection.execute(
             "SELECT id, at, candidate, high FROM rate_highs WHERE candidate > (SELECT max(high) FROM rate_highs)"
             " ORDER BY id DESC"

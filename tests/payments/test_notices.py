@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import datetime
 import email
 import email.message
 import email.policy
 import itertools
 import logging
 import pathlib
+import ssl
 import sys
 import time
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from diffusionz.payments import notices as notices_module
 from diffusionz.payments.database import Connection, open_database
@@ -32,7 +38,7 @@ class Smtp:
         self.refuse: dict[str, bytes | None] = {}  # None: never answer
         self.extensions: list[bytes] = []
         self.commands: list[str] = []
-        self.port = 0
+        self.tls: ssl.SSLContext | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def answer(command: str, usual: bytes) -> bool:
@@ -66,6 +72,12 @@ class Smtp:
                             if await answer("END", b"250 taken"):
                                 self.messages.append((recipients, message))  # type: ignore[arg-type]
                             recipients = []
+                    case "STARTTLS":
+                        await answer("STARTTLS", b"220 go on")
+                        assert self.tls is not None
+                        await writer.start_tls(self.tls)
+                    case "AUTH":
+                        await answer("AUTH", b"235 welcome")
                     case "QUIT":
                         await answer("QUIT", b"221 bye")
                         break
@@ -99,12 +111,11 @@ def deliver(smtp: Smtp, notices: Notices) -> int:
     """notices.send_due() while the server runs."""
 
     async def main() -> int:
-        server = await asyncio.start_server(smtp.serve, "127.0.0.1", 0)
         mail = notices._mail
         assert mail is not None
-        notices._mail = Mail(
-            "127.0.0.1", server.sockets[0].getsockname()[1], mail.sender, mail.security, mail.user, mail.password
-        )
+        tls = smtp.tls if mail.security == "tls" else None
+        server = await asyncio.start_server(smtp.serve, "127.0.0.1", 0, ssl=tls)
+        notices._mail = dataclasses.replace(mail, port=server.sockets[0].getsockname()[1])
         try:
             return await notices.send_due()
         finally:
@@ -267,6 +278,52 @@ def test_a_password_is_never_sent_in_the_clear(smtp: Smtp, ledger: Ledger, clock
     assert deliver(smtp, notices) == 0
     assert not {"AUTH", "MAIL", "DATA"} & set(smtp.commands)
     assert "the-password" not in repr(mail)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A key and its own certificate for localhost, in one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    path.write_bytes(private + made.public_bytes(pem))
+    return path
+
+
+@pytest.mark.parametrize("security", ["tls", "starttls"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_server_is_who_its_certificate_says(
+    smtp: Smtp,
+    ledger: Ledger,
+    clock: Any,
+    certificate: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    security: Any,
+    known: bool,
+) -> None:
+    smtp.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    smtp.tls.load_cert_chain(certificate)
+    smtp.extensions = [b"STARTTLS", b"AUTH PLAIN"]
+    if known:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    mail = Mail("localhost", 1, "noreply@example.org", security, "me", "the-password")
+    notices = Notices(ledger.connection, mail, decimals=6, clock=clock)
+    notices.subscribe("user:a", ANN, low_balance=5)
+    notices.balance_is("user:a", 1)
+    assert deliver(smtp, notices) == known
+    assert len(smtp.messages) == known
+    assert ("AUTH" in smtp.commands) is known
 
 
 def test_a_call_never_fails_nor_waits_for_a_notice(

@@ -385,6 +385,33 @@ def test_evidence_says_who_said_what(rates: Rates, connection: Connection) -> No
     }
 
 
+def test_reading_a_rate_costs_the_same_whatever_was_recorded(rates: Rates, connection: Connection) -> None:
+    """Counted in SQLite's instructions: the ledger reads a rate for every call."""
+
+    def instructions(now: int) -> int:
+        steps: list[int] = []
+        connection.set_progress_handler(lambda: steps.append(1), 10)
+        try:
+            rates.token_rate("market", now)
+            rates.token_rate("ath", now)
+            rates.quarantined()
+        finally:
+            connection.set_progress_handler(None, 0)
+        return len(steps)
+
+    feed(rates, CENT, NOW, NOW + 300)
+    few = instructions(NOW + 300)
+    with immediate(connection):
+        connection.execute(
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)"
+            " INSERT INTO rate_evidence (asset, at, state, rate, detail)"
+            " SELECT iif(i % 2, 'token', 'sol'), ? - i, iif(i % 7, 'accepted', 'quarantined'), ?, ? FROM n",
+            (NOW - 7 * 21_600, CENT, json.dumps({"why": ""})),
+        )
+    feed(rates, CENT, NOW + 300, NOW + 600)
+    assert instructions(NOW + 600) < 2 * few
+
+
 def test_rules_and_setup_that_make_no_sense_are_refused(connection: Connection) -> None:
     with pytest.raises(ConfigurationError, match="rates_min_sources is 0; it must be a whole number from 1"):
         RateRules(min_sources=0)
