@@ -22,7 +22,7 @@ PYTHON_PACKAGES = $(shell $(PYTHON) -c "import ensurepip, os, sysconfig; \
   exit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')))" 2>/dev/null || echo python3-venv python3-dev)
 TEST_PACKAGES := golang-go valgrind
 
-SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake diffusionz py -type f -not -path '*/__pycache__/*')
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake diffusionz py payments -type f -not -path '*/__pycache__/*')
 
 .PHONY: demo test build clean
 
