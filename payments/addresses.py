@@ -267,12 +267,14 @@ class Addresses:
     def issue(self, account: str) -> str:
         """Binds the pool's next address to `account`, for ever, and returns it.
 
-        Raises NotFoundError when the ledger has no such account, AddressError when the account has max_open unused
-        addresses or the pool is empty.
+        Raises NotFoundError when the ledger has no such account of a user, AddressError when the account has max_open
+        unused addresses or the pool is empty.
         """
         with immediate(self.connection):
-            if not self.connection.execute("SELECT 1 FROM accounts WHERE name = ?", (account,)).fetchone():
-                raise NotFoundError(f"there is no account {account!r}")
+            if not self.connection.execute(
+                "SELECT 1 FROM accounts WHERE name = ? AND kind = 'user'", (account,)
+            ).fetchone():
+                raise NotFoundError(f"there is no user's account {account!r}")
             unused = len(self.unused(account))
             if unused >= self.max_open:
                 raise AddressError(

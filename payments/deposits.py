@@ -207,14 +207,16 @@ class Deposits:
         """`treasury` is the wallet that sweeps pay to. `on_credit` is called with the ledger's account and the base
         units of each credit, in its transaction: what it writes there is written if the credit is.
 
-        Raises ConfigurationError if the database was made for another token or cluster: what it has is of that token.
+        Raises ConfigurationError for what is no address, and if the database was made for another token or cluster:
+        what it has is of that token.
         """
         self.connection = connection
         self.ledger = ledger
         self.pins = pins
         self.sol_to_tokens = sol_to_tokens
-        self.mint = Pubkey.from_string(pins.mint)
-        self.token_program = Pubkey.from_string(pins.token_program)
+        self.mint = _key("mint", pins.mint)
+        self.token_program = _key("token_program", pins.token_program)
+        _key("treasury", treasury)
         self.treasury = treasury
         self.treasury_tokens = self.token_account(treasury)
         self.on_credit = on_credit
@@ -484,6 +486,13 @@ async def require_cluster(chain: Chain, pins: Pins) -> None:
     genesis_hash = await chain.genesis_hash()
     if genesis_hash != pins.genesis_hash:
         raise ConfigurationError(f"genesis_hash: the cluster's is {genesis_hash}, expected {pins.genesis_hash}")
+
+
+def _key(name: str, text: str) -> Pubkey:
+    try:
+        return Pubkey.from_string(text)
+    except ValueError:
+        raise ConfigurationError(f"{name} is {text!r}; it must be 32 bytes in base58") from None
 
 
 def transfer_id(kind: str, movements: list[Movement]) -> str:

@@ -41,7 +41,7 @@ HARMLESS_EXTENSIONS = frozenset(
     {"metadata_pointer", "token_metadata", "group_pointer", "token_group", "group_member_pointer", "token_group_member"}
 )
 UNEXPLAINED = "unexplained balance"  # the alarm
-PATIENCE = 3  # accounts in a row whose history cannot be read, before the scan gives up
+PATIENCE = 3  # failures in a row, before a scan gives up, or a history is read from the top again
 DOUBT_S = 10.0  # for a listing that lags behind the balances, before the whole history is read
 WHOLE_INTERVAL_S = 600.0  # between readings of a whole history that does not explain the balance
 
@@ -68,6 +68,7 @@ class Listing:
     whole: bool
     before: Signature | None = None
     newest: int = 0
+    failures: int = 0
 
 
 @dataclass(slots=True)
@@ -160,12 +161,12 @@ class Watcher:
         """Looks at the addresses that are due, and records what is new. Raises ChainError when nothing could be read;
         what one account's history refuses is in the result's `failed`, and the others are done."""
         self.deposits.watch()
+        self.deposits.credit_waiting()
         hot, turn = self._due()
         scan = Scan()
         await self._look({row.account: row for row in hot + turn}, scan)
         await self._show_arriving()
         await self._find_strays(turn)
-        self.deposits.credit_waiting()
         return scan
 
     async def reconcile(self) -> Scan:
@@ -174,6 +175,7 @@ class Watcher:
         For a database that was restored from a backup. What came and went since is in no balance.
         """
         self.deposits.watch()
+        self.deposits.credit_waiting()
         rows = self._accounts()
         scan = Scan()
         await self._look({row.account: row for row in rows}, scan, thorough=True)
@@ -181,7 +183,6 @@ class Watcher:
             unread = {row.account: row for row in self._accounts() if row.account in self._listings}
             await self._look(unread, scan, thorough=True)
         await self._find_strays(rows)
-        self.deposits.credit_waiting()
         return scan
 
     def _due(self) -> tuple[list[Watched], list[Watched]]:
@@ -232,6 +233,9 @@ class Watcher:
                     logger.warning("the history of %s cannot be read: %s", row.account, error)
                     scan.failed[row.account] = str(error)
                     failed_in_a_row += 1
+                    self._listings[row.account].failures += 1
+                    if self._listings[row.account].failures == PATIENCE:
+                        del self._listings[row.account]  # another node may not know where we stopped: from the top
                     if failed_in_a_row == PATIENCE:
                         raise
 
@@ -301,6 +305,7 @@ class Watcher:
                         return False
                     budget -= 1
                     scan.recorded += len(self.deposits.record(await self._transaction(entry, row.account)))
+                listing.failures = 0
                 listing.before = entry.signature
                 listing.newest = max(listing.newest, entry.slot)
 

@@ -270,8 +270,9 @@ def test_B13_an_account_has_few_open_addresses(addresses: Addresses, connection:
 
 
 def test_nothing_is_issued_to_nobody_or_from_an_empty_pool(addresses: Addresses, connection: Connection) -> None:
-    with pytest.raises(NotFoundError, match="user:nobody"):
-        addresses.issue("user:nobody")
+    for account in ("user:nobody", "adjustments", ""):
+        with pytest.raises(NotFoundError, match="no user's account"):
+            addresses.issue(account)
     devnet = Addresses(connection, "devnet")
     with pytest.raises(AddressError, match="pool of deposit addresses is empty"):
         devnet.issue("user:a")

@@ -217,3 +217,6 @@ def test_an_address_is_used_from_its_first_deposit_on(world: World) -> None:
 def test_a_database_is_for_one_token(world: World) -> None:
     with pytest.raises(ConfigurationError, match="decimals is 9, but this database was made for 6; use a new database"):
         world.new_deposits(world.connection, decimals=9)
+    for name in ("mint", "token_program"):
+        with pytest.raises(ConfigurationError, match=f"{name} is 'l0'; it must be 32 bytes in base58"):
+            world.new_deposits(world.connection, **{name: "l0"})

@@ -176,6 +176,30 @@ def test_run_credits_within_a_scan_of_finality_and_stops_when_told(world: World)
     world.check()
 
 
+def test_a_history_whose_middle_is_forgotten_is_read_from_the_top(world: World) -> None:
+    """A long one is read over several scans, and in between another node takes over that lacks the last entry read."""
+    address = world.issue()
+    world.pay(address, 1)
+    for _ in range(30):
+        world.send([world.pay_instruction(address, 0)])
+    world.watcher = world.new_watcher(budget=10)
+    world.settle()
+
+    def without_cursor(call: faults.Call, proceed: faults.Proceed) -> Any:
+        if "before" in call.params[1]:
+            raise faults.RpcError(-32602, "unknown signature")
+        return proceed()
+
+    with world.devnet.fault(without_cursor, "getSignaturesForAddress"):
+        for _ in range(10):
+            world.scan()
+    assert world.credit() == 0
+    for _ in range(4):
+        world.scan()
+    assert world.credit() == 1
+    world.check()
+
+
 def test_an_empty_database_is_scanned(world: World) -> None:
     found = world.scan()
     assert (found.looked_at, found.recorded, found.failed) == (0, 0, {})
