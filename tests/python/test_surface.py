@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pathlib
 import re
 import subprocess
@@ -190,9 +191,19 @@ def test_without_torch_the_error_says_what_to_install() -> None:
     assert "pip install torch" in python(code)
 
 
-def test_types_and_style() -> None:
+def test_types_and_style(tmp_path: pathlib.Path) -> None:
     """mypy strict and ruff find nothing."""
-    folders = ("py", "tests/python", "tests/cli", "tests/abi", "cmake", "examples")
-    for command in (["mypy"], ["ruff", "check", *folders]):
-        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    folders = ("py", "payments", "tests/python", "tests/cli", "tests/abi", "tests/payments", "cmake", "examples")
+    # mypy is shown payments/ where it installs to.
+    (tmp_path / "diffusionz").mkdir()
+    (tmp_path / "diffusionz" / "payments").symlink_to(ROOT / "payments")
+    payments = ["--explicit-package-bases", "--namespace-packages", str(tmp_path / "diffusionz" / "payments")]
+    for command in (["mypy"], ["mypy", *payments], ["ruff", "check", *folders]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"MYPYPATH": str(tmp_path)},
+        )
         assert done.returncode == 0, done.stdout + done.stderr
