@@ -10,8 +10,8 @@ add for a cent, is read only where a balance says that something is missing. Onl
 is trusted to be complete: an account is left alone when its recorded movements add up to its balance, and not before.
 Recording is idempotent, so lists may overlap, repeat, and be read by several watchers.
 
-Addresses are watched for ever. Those that are new or saw a deposit lately are looked at in every scan; all take their
-turn within `rotation_s`.
+Addresses are watched for ever. Those that are new, saw a deposit lately or hold something are looked at in every scan;
+the others take turns, each once in `rotation_s`; the first scan looks at all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ HARMLESS_EXTENSIONS = frozenset(
     {"metadata_pointer", "token_metadata", "group_pointer", "token_group", "group_member_pointer", "token_group_member"}
 )
 UNEXPLAINED = "unexplained balance"  # the alarm
+STRAYS_A_SCAN = 100  # accounts; each is a request
 PATIENCE = 3  # failures in a row, before a scan gives up, or a history is read from the top again
 DOUBT_S = 10.0  # for a listing that lags behind the balances, before the whole history is read
 WHOLE_INTERVAL_S = 600.0  # between readings of a whole history that does not explain the balance
@@ -68,7 +70,6 @@ class Listing:
     whole: bool
     before: Signature | None = None
     newest: int = 0
-    failures: int = 0
 
 
 @dataclass(slots=True)
@@ -116,7 +117,9 @@ class Watcher:
         self.failures = 0
         self._listings: dict[str, Listing] = {}
         self._doubts: dict[str, float] = {}  # accounts that do not add up, and when to read their whole history
-        self._rotation = 0.0  # addresses, in their order, that had their turn
+        self._trouble: Counter[str] = Counter()  # scans in a row that could not read the account's history
+        self._scanned_at: float | None = None
+        self._rotation = 0.0  # accounts, in their order, that had their turn
 
     async def start(self) -> None:
         """Raises ConfigurationError when the cluster or the token is not what the database was made for, or when the
@@ -155,18 +158,21 @@ class Watcher:
             except BaseException as error:  # a panic in solders is no Exception
                 self.failures += 1
                 logger.warning("the scan failed, %d in a row: %s: %s", self.failures, type(error).__name__, error)
-            await asyncio.sleep(self.interval_s * min(2**self.failures, 30))
+            await asyncio.sleep(self.interval_s * 2 ** min(self.failures, 3))
 
     async def scan(self) -> Scan:
-        """Looks at the addresses that are due, and records what is new. Raises ChainError when nothing could be read;
-        what one account's history refuses is in the result's `failed`, and the others are done."""
+        """Looks at the addresses that are due, and records what is new. An account whose history cannot be read is in
+        the result's `failed`, and the others are done. Raises ChainError when balances cannot be read, or three
+        histories in a row."""
         self.deposits.watch()
         self.deposits.credit_waiting()
-        hot, turn = self._due()
+        turn = self._turn()
+        rows = self._hot() + turn if self._scanned_at is not None else self._accounts()
+        self._scanned_at = self.clock()
         scan = Scan()
-        await self._look({row.account: row for row in hot + turn}, scan)
+        await self._look(rows, scan)
         await self._show_arriving()
-        await self._find_strays(turn)
+        await self._find_strays(turn[:STRAYS_A_SCAN])
         return scan
 
     async def reconcile(self) -> Scan:
@@ -178,22 +184,24 @@ class Watcher:
         self.deposits.credit_waiting()
         rows = self._accounts()
         scan = Scan()
-        await self._look({row.account: row for row in rows}, scan, thorough=True)
+        await self._look(rows, scan, thorough=True)
         while self._listings and not scan.failed:
-            unread = {row.account: row for row in self._accounts() if row.account in self._listings}
+            unread = [row for row in self._accounts() if row.account in self._listings]
             await self._look(unread, scan, thorough=True)
         await self._find_strays(rows)
         return scan
 
-    def _due(self) -> tuple[list[Watched], list[Watched]]:
-        """The accounts of every scan, and those whose turn it is."""
+    def _turn(self) -> list[Watched]:
+        """The accounts whose turn it is: of all, the share that the time since the last scan is of rotation_s."""
+        if self._scanned_at is None:
+            return []
         (count,) = self.deposits.connection.execute("SELECT count(*) FROM chain_accounts").fetchone()
         first = math.floor(self._rotation)
-        self._rotation += count * min(self.interval_s / self.rotation_s, 1.0)
+        self._rotation += count * min((self.clock() - self._scanned_at) / self.rotation_s, 1.0)
         last = math.floor(self._rotation)
         if last >= count:
             self._rotation = 0.0
-        return self._hot(), self._accounts(limit=last - first, skip=first)
+        return self._accounts(limit=last - first, skip=first)
 
     def _hot(self) -> list[Watched]:
         return self._accounts("moved_at >= ? OR balance <> 0", (int(self.clock() - self.hot_s),))
@@ -208,8 +216,10 @@ class Watcher:
         )
         return [Watched(*row) for row in rows]
 
-    async def _look(self, rows: dict[str, Watched], scan: Scan, thorough: bool = False) -> None:
+    async def _look(self, rows: list[Watched], scan: Scan, thorough: bool = False) -> None:
         """Compares balances, and catches up with the accounts whose balance is another than what is recorded."""
+        # Those in trouble come last, so that they stop nobody else.
+        rows = sorted({row.account: row for row in rows}.values(), key=lambda row: self._trouble[row.account])
         scan.looked_at += len(rows)
         alarmed = {subject for kind, subject, _ in self.deposits.alarms() if kind == UNEXPLAINED}
         # A node that is behind what was read before would take us back in time.
@@ -217,7 +227,7 @@ class Watcher:
             "SELECT coalesce(max(listed_to), 0) FROM chain_accounts"
         ).fetchone()
         failed_in_a_row = 0
-        for some in _batched(list(rows.values()), MAX_ACCOUNTS):  # one request, so that one slot holds for all of it
+        for some in _batched(rows, MAX_ACCOUNTS):  # one request, so that one slot holds for all of it
             keys = [Pubkey.from_string(row.account) for row in some]
             accounts = await self.chain.accounts(keys, min_context_slot=newest)
             for row, state in zip(some, accounts.values, strict=True):
@@ -228,13 +238,14 @@ class Watcher:
                     continue
                 try:
                     await self._catch_up(row, balance, accounts.slot, scan, thorough)
+                    self._trouble.pop(row.account, None)
                     failed_in_a_row = 0
                 except ChainError as error:
                     logger.warning("the history of %s cannot be read: %s", row.account, error)
                     scan.failed[row.account] = str(error)
                     failed_in_a_row += 1
-                    self._listings[row.account].failures += 1
-                    if self._listings[row.account].failures == PATIENCE:
+                    self._trouble[row.account] += 1
+                    if self._trouble[row.account] % PATIENCE == 0:
                         del self._listings[row.account]  # another node may not know where we stopped: from the top
                     if failed_in_a_row == PATIENCE:
                         raise
@@ -305,7 +316,6 @@ class Watcher:
                         return False
                     budget -= 1
                     scan.recorded += len(self.deposits.record(await self._transaction(entry, row.account)))
-                listing.failures = 0
                 listing.before = entry.signature
                 listing.newest = max(listing.newest, entry.slot)
 

@@ -768,12 +768,13 @@ def test_A22_late_deposits_are_credited_to_the_same_account(world: World) -> Non
     world.sweep()
     assert world.devnet.cluster.account(world.token_account(address)) is None
     world.devnet.advance(40 * 86400 * 5 // 2)  # forty days
-    world.watcher = world.new_watcher(interval_s=2.0, rotation_s=60.0)
+    world.watcher = world.new_watcher(rotation_s=60.0)
     world.settle()
     world.pay(address, 42)
     world.devnet.transfer_sol(world.eve, address, 10**9)
     world.devnet.finalize()
-    for _ in range(30):  # a rotation: the address is no longer looked at in every scan
+    for _ in range(6):  # a rotation: the address is no longer looked at in every scan
+        world.devnet.advance(25)
         world.scan()
     assert world.credit() == 142 + 2 * 10**9 * world.rate
     world.sweep()
