@@ -253,6 +253,17 @@ def test_an_operator_lets_a_jump_count(rates: Rates, factor: Fraction) -> None:
     assert feed(rates, CENT, NOW + HOUR + 600, NOW + HOUR + 601) == ["quarantined"]
 
 
+def test_after_an_approval_the_market_forgets_what_was_before(rates: Rates) -> None:
+    """Though it is still within the window: a rate between two prices is neither."""
+    feed(rates, CENT, NOW, NOW + 300)
+    feed(rates, 3 * CENT, NOW + 300, NOW + 301)
+    rates.approve("sample:6", "ann", NOW + 301)
+    with pytest.raises(RateError, match="1 samples in the last 300 s"):
+        rates.token_rate("market", NOW + 301)
+    feed(rates, 3 * CENT, NOW + 310, NOW + 330, step=10)
+    assert market(rates, NOW + 330) == 3 * CENT
+
+
 @pytest.mark.parametrize("id", ["sample:99", "high:1", "", "sample:", "sample:-1", "sample:1e0", "x:1", "sample:²"])
 def test_what_is_not_in_quarantine_cannot_be_approved(rates: Rates, id: str) -> None:
     feed(rates, CENT, NOW, NOW + 60)
@@ -599,7 +610,9 @@ def test_pyth_is_read_exactly(api: Api) -> None:
     [
         (pyth_answer(conf="200000000"), "with a confidence of 200000000; it must be above 0 and within 1 %"),
         (pyth_answer(price="0"), "0 with a confidence"),
+        (pyth_answer(price="0", conf="0"), "0 with a confidence of 0"),
         (pyth_answer(price="-5"), "-5 with a confidence"),
+        (pyth_answer(price="-5", conf="-5"), "-5 with a confidence"),
         (pyth_answer(price=14748123456), "its answer is not a price"),
         (pyth_answer(price="1e3"), "its answer is not a price"),
         (pyth_answer(price="9" * 40), "its answer is not a price"),
