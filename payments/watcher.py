@@ -167,7 +167,7 @@ class Watcher:
         self.deposits.watch()
         self.deposits.credit_waiting()
         turn = self._turn()
-        rows = self._hot() + turn if self._scanned_at is not None else self._accounts()
+        rows = self._hot() + self._unfinished() + turn if self._scanned_at is not None else self._accounts()
         self._scanned_at = self.clock()
         scan = Scan()
         await self._look(rows, scan)
@@ -206,8 +206,13 @@ class Watcher:
     def _hot(self) -> list[Watched]:
         return self._accounts("moved_at >= ? OR balance <> 0", (int(self.clock() - self.hot_s),))
 
+    def _unfinished(self) -> list[Watched]:
+        """Those whose history is being read, or did not explain the balance. A long one would else take many turns."""
+        accounts = (*self._listings, *self._doubts)[:1000]  # SQLite takes no more than 32,766 values at once
+        return self._accounts(f"account IN ({', '.join('?' * len(accounts))})", accounts)
+
     def _accounts(
-        self, condition: str = "1", values: tuple[int, ...] = (), limit: int = -1, skip: int = 0
+        self, condition: str = "1", values: tuple[int | str, ...] = (), limit: int = -1, skip: int = 0
     ) -> list[Watched]:
         rows = self.deposits.connection.execute(
             f"SELECT account, address, mint, balance, listed_to FROM chain_accounts WHERE {condition}"
