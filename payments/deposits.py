@@ -282,7 +282,7 @@ class Deposits:
                 if max(abs(delta), abs(balance + delta)) > AMOUNT_MAX:
                     self.alarm("beyond the ledger's range", account, f"{delta} of {mint} in {signature}")
                     continue
-                kind = "deposit" if delta > 0 else self._kind_of_debit(transaction, address, mint, taken[mint])
+                kind = "deposit" if delta > 0 else self._kind_of_debit(transaction, mint, taken[mint])
                 (id,) = self.connection.execute(
                     "INSERT INTO movements (signature, account, mint, kind, delta, slot, block_time, recorded_at)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
@@ -397,11 +397,9 @@ class Deposits:
         wallet = Pubkey.from_string(owner)
         return transaction.token_delta(key, mint=self.mint, owner=wallet, program=self.token_program)
 
-    def _kind_of_debit(self, transaction: Transaction, address: str, mint: str, taken: int) -> str:
-        """A sweep if our key signed it, and either the sweeper wrote it down, or the treasury gained all that was
-        taken, as in a sweep that a restored backup has forgotten. Whatever else takes from us is a loss."""
-        if Pubkey.from_string(address) not in transaction.signers:
-            return "loss"
+    def _kind_of_debit(self, transaction: Transaction, mint: str, taken: int) -> str:
+        """A sweep if the sweeper wrote it down, or if the treasury gained all that was taken, as in a sweep that a
+        restored backup has forgotten. Whatever else takes from us is a loss."""
         destination = self.treasury if mint == SOL else self.treasury_tokens
         written = self.connection.execute(
             "SELECT 1 FROM sweeps WHERE signature = ?", (str(transaction.signature),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pathlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -194,6 +195,25 @@ def test_an_alarm_is_raised_once_until_it_is_cleared(world: World, caplog: pytes
     world.deposits.alarm("kind", "subject", "second")
     assert world.deposits.alarms() == [("kind", "subject", "second")]
     assert world.connection.execute("SELECT count(*) FROM alarms").fetchone() == (2,)
+
+
+def test_only_exactly_our_account_counts(world: World) -> None:
+    """Of what a node tells, the mint, the owner and the program of the account must be ours; and it did not fail."""
+    address = world.issue()
+    signature = world.pay(address, 10)
+    world.devnet.finalize()
+    world.deposits.watch()
+    told = world.run(world.chain.transaction(signature))
+    [ours] = [token for token in told.post_tokens if token.account == world.token_account(address)]
+    other = world.eve.pubkey()
+    for wrong in ({"mint": other}, {"owner": other}, {"owner": None}, {"program": other}, {"account": other}):
+        tokens = tuple(replace(token, **wrong) if token is ours else token for token in told.post_tokens)
+        assert world.deposits.record(replace(told, post_tokens=tokens)) == [], wrong
+    assert world.deposits.record(replace(told, error="InstructionError")) == []
+    assert [movement.delta for movement in world.deposits.record(told)] == [10]
+    assert world.deposits.record(told) == []
+    assert world.credit() == 10
+    world.check()
 
 
 def test_nothing_of_others_is_recorded(world: World) -> None:
