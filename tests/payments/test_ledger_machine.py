@@ -67,8 +67,10 @@ class Model:
         return entry.kind == "refund" or now < about.expires_at
 
 
-IDS = st.integers(0, 30).map(lambda number: f"id:{number}")
+# Mostly a new id; the others collide.
+IDS = st.sampled_from(["new"] * 9 + ["id:1", "id:2", "id:3"])
 AMOUNTS = st.integers(1, 12)
+VERBS = st.sampled_from(["post", "void", "refund"])
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -79,6 +81,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.open()
         for name in USERS:
             self.ledger.open_account(name, "user")
+            self.transfer(f"first:{name[-1]}", "chain:token", name, 40)
 
     def open(self) -> None:
         connection = open_database(self.folder / "ledger.db")
@@ -90,6 +93,9 @@ class LedgerMachine(RuleBasedStateMachine):
             assert [invariant for invariant in self.ledger.check() if not invariant.holds] == []
             self.ledger.connection.close()
             shutil.rmtree(self.folder)
+
+    def named(self, id: str) -> str:
+        return f"id:{len(self.model.entries)}" if id == "new" else id
 
     def judge(self, entry: Entry, answer: Result) -> None:
         known = self.model.find(entry.id)
@@ -103,6 +109,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(id=IDS, debit=st.sampled_from(ACCOUNTS), credit=st.sampled_from(ACCOUNTS), amount=AMOUNTS)
     def transfer(self, id: str, debit: str, credit: str, amount: int) -> None:
+        id = self.named(id)
         answer = self.ledger.transfer(id, debit, credit, amount, "c")
         self.judge(Entry(id, "transfer", debit, credit, amount), answer)
 
@@ -110,21 +117,22 @@ class LedgerMachine(RuleBasedStateMachine):
     def deposit(self, id: str, user: str, amount: int) -> None:
         self.transfer(id, "chain:token", user, amount)
 
-    @rule(id=IDS, debit=st.sampled_from(USERS), amount=AMOUNTS, lasts=st.integers(0, 4))
+    @rule(id=IDS, debit=st.sampled_from(USERS), amount=AMOUNTS, lasts=st.integers(0, 9))
     def hold(self, id: str, debit: str, amount: int, lasts: int) -> None:
+        id = self.named(id)
         answer = self.ledger.hold(id, debit, ACCOUNTS[-1], amount, self.now + lasts, "c")
         self.judge(Entry(id, "hold", debit, ACCOUNTS[-1], amount, self.now + lasts), answer)
 
-    @rule(id=IDS, hold_id=IDS, amount=st.none() | AMOUNTS)
-    def post(self, id: str, hold_id: str, amount: int | None) -> None:
+    def post(self, id: str, hold_id: str, amount: int | None = None) -> None:
+        id = self.named(id)
         self.judge(self.about(id, "post", hold_id, amount), self.ledger.post(id, hold_id, amount))
 
-    @rule(id=IDS, hold_id=IDS)
     def void(self, id: str, hold_id: str) -> None:
+        id = self.named(id)
         self.judge(self.about(id, "void", hold_id, None), self.ledger.void(id, hold_id))
 
-    @rule(id=IDS, post_id=IDS, amount=st.none() | AMOUNTS)
-    def refund(self, id: str, post_id: str, amount: int | None) -> None:
+    def refund(self, id: str, post_id: str, amount: int | None = None) -> None:
+        id = self.named(id)
         post = self.about(id, "refund", post_id, amount)
         entry = dataclasses.replace(post, debit=post.credit, credit=post.debit)
         self.judge(entry, self.ledger.refund(id, post_id, amount))
@@ -135,13 +143,28 @@ class LedgerMachine(RuleBasedStateMachine):
             return Entry(id, kind, "", "", amount or 0)
         return Entry(id, kind, about.debit, about.credit, amount or about.amount, about=about)
 
-    @rule(id=IDS, data=st.data(), verb=st.sampled_from(["post", "void", "refund"]))
-    def resolve_one_that_is_there(self, id: str, data: st.DataObject, verb: str) -> None:
-        """By chance alone these would mostly meet nothing."""
-        entries = self.model.open_holds() if verb != "refund" else [e for e in self.model.entries if e.kind == "post"]
-        if entries:
-            about = data.draw(st.sampled_from(entries)).id
-            self.void(id, about) if verb == "void" else getattr(self, verb)(id, about, data.draw(st.none() | AMOUNTS))
+    @rule(
+        id=IDS, verb=st.sampled_from(["post", "void", "refund"]), more=st.sampled_from([None, -1, 0, 1]), data=st.data()
+    )
+    def resolve(self, id: str, verb: str, more: int | None, data: st.DataObject) -> None:
+        """By `more` than there is, or less, or None: all of it."""
+        fitting = self.model.open_holds() if verb != "refund" else [e for e in self.model.entries if e.kind == "post"]
+        about = data.draw(st.sampled_from(fitting or self.model.entries))
+        amount = None if more is None else max(1, about.amount + more)
+        self.void(id, about.id) if verb == "void" else getattr(self, verb)(id, about.id, amount)
+
+    @rule(id=IDS, verb=VERBS, other=IDS)
+    def resolve_what_is_not_there(self, id: str, verb: str, other: str) -> None:
+        getattr(self, verb)(id, other)
+
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.model.entries))
+        if entry.kind == "transfer":
+            self.transfer(entry.id, entry.debit, entry.credit, entry.amount)
+        elif entry.about and entry.kind != "expiry":
+            amount = () if entry.kind == "void" else (entry.amount,)
+            getattr(self, entry.kind)(entry.id, entry.about.id, *amount)
 
     @rule(seconds=st.integers(1, 3))
     def time_passes(self, seconds: int) -> None:
@@ -152,7 +175,8 @@ class LedgerMachine(RuleBasedStateMachine):
         due = [hold for hold in self.model.open_holds() if hold.expires_at <= self.now]
         assert self.ledger.expire(batch=2) == len(due)
         for hold in due:
-            self.model.entries.append(Entry("", "expiry", hold.debit, hold.credit, hold.amount, about=hold))
+            id = f"expiry:{1 + self.model.entries.index(hold)}"
+            self.model.entries.append(Entry(id, "expiry", hold.debit, hold.credit, hold.amount, about=hold))
 
     @rule()
     def restart(self) -> None:
@@ -187,6 +211,6 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 LedgerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestLedgerAgainstTheModel = LedgerMachine.TestCase
