@@ -151,7 +151,7 @@ async def demo(folder: pathlib.Path) -> bool:
         print(f"\nswept: the treasury has {tokens(swept)} tokens and {lamports / SOL:.4f} SOL")
 
         # The journal is replayed, every price reckoned again, and the chain asked for every balance and transaction.
-        report = await audit(deposits, watcher, chain, thorough=True)
+        report = await audit(watcher, thorough=True)
 
     print("\naudit:")
     for about, lines in report.invariants.items():

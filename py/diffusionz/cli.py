@@ -1,4 +1,4 @@
-"""The command `diffusionz`: generate, forecast, info, pull.
+"""The command `diffusionz`: generate, forecast, info, pull, wallet.
 
 Exit status: 0 done, 1 it failed, 2 wrong use, 130 stopped by Ctrl-C. Results go to stdout; a failure is one line on
 stderr (`python -X dev -m diffusionz ...` shows the traceback instead). What a command does not need is not imported: a
@@ -26,6 +26,7 @@ examples:
   diffusionz forecast airline --horizon 12 --plot forecast.png
   diffusionz forecast prices.csv --horizon 7 --target close -o forecast.csv
   diffusionz pull Tongyi-MAI/Z-Image-Turbo       fetch a model, then: generate --model Tongyi-MAI/Z-Image-Turbo
+  diffusionz wallet --help                       prepaid credit for a server of models
 """
 
 _GENERATE_EPILOG = """\
@@ -84,7 +85,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(wallet=argv[:1] == ["wallet"]).parse_args(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -114,7 +116,9 @@ def _reason(error: Exception) -> str:
     return " ".join(reason.split())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(wallet: bool = False) -> argparse.ArgumentParser:
+    """`wallet`: with what `diffusionz wallet` understands, which is imported for it alone."""
+
     def command(name: str, help: str, epilog: str, run: Any) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = commands.add_parser(
             name,
@@ -193,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("model", metavar="ORG/NAME", help="a hub id")
     pull.add_argument("--json", action="store_true", help="print the result as JSON")
     pull.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+    payments = commands.add_parser("wallet", help="keep prepaid credit: deposits, sweeps, audits", allow_abbrev=False)
+    if wallet:
+        from diffusionz.payments.cli import add_commands
+
+        add_commands(payments)
     return parser
 
 

@@ -1,0 +1,826 @@
+"""`diffusionz wallet`: the operator's side of prepaid credit. What a command needs is imported when it runs.
+
+Exit status and errors are those of `diffusionz`: 0 done, 1 it failed, 2 wrong use; one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffusionz._errors import ArgumentError, DiffusionzError
+
+if TYPE_CHECKING:
+    from solders.keypair import Keypair
+
+    from diffusionz.payments.addresses import Addresses, Seed
+    from diffusionz.payments.chain import Chain
+    from diffusionz.payments.database import Connection
+    from diffusionz.payments.deposits import Deposits
+    from diffusionz.payments.ledger import Ledger
+    from diffusionz.payments.rates import Rates
+    from diffusionz.payments.settings import Settings
+    from diffusionz.payments.sweeper import Sweeper
+    from diffusionz.payments.watcher import Watcher
+
+EXTRA = "pip install 'diffusionz[payments]'"
+# The packages of the extra, as they are imported.
+PACKAGES = {"aiosmtplib", "cryptography", "httpx2", "pysqlite3", "solana", "solders", "spl", "sqlite_utils", "uvicorn"}
+
+CONFIG = "payments.toml"
+DEVNET_URL = "http://127.0.0.1:8899"
+DEVNET_DECIMALS = 6
+FINALITY_SLOTS = 32
+LAMPORTS = 10**9  # in a SOL
+POLL_S = 1.0
+
+_DESCRIPTION = "Keep prepaid credit: accounts in tokens of Solana, their deposits, and what was charged."
+
+_EPILOG = """\
+try it, without a network, in two terminals:
+  diffusionz wallet devnet                                 a Solana of one's own; leave it running
+  diffusionz wallet create shop                            keys, settings and an empty ledger in shop/
+  cd shop                                                  where the others find payments.toml
+  diffusionz wallet deposit alice --new                    an address that is alice's alone
+  diffusionz wallet faucet ADDRESS --tokens 250 --sol 0.5  send something there
+  diffusionz wallet deposit alice --wait 60                until it is final, and credited
+  diffusionz wallet sweep                                  move it to the treasury
+  diffusionz wallet audit                                  every invariant, and the chain's word for it
+  diffusionz wallet backup ../shop.db
+
+All but devnet and create read the settings from --config FILE, the file that DIFFUSIONZ_PAYMENTS_CONFIG names, or
+payments.toml here; DIFFUSIONZ_PAYMENTS_<KEY> in the environment wins over the file.
+"""
+
+_CREATE_EPILOG = """\
+examples:
+  diffusionz wallet create shop                            for the dev chain that runs here, with a token of its own
+  DIFFUSIONZ_PAYMENTS_RPC_URLS=https://... diffusionz wallet create shop --mint TOKEN --treasury ADDRESS
+
+FOLDER gets payments.toml; payments.db, the ledger; master.seed, from which the deposit addresses are derived; gas.json,
+the wallet that pays the fees of sweeps (send it 0.05 SOL); and pepper, for API keys. Only you can read them. Copy
+master.seed to a safe place now: who has it can spend what is not swept yet, and without it nobody can.
+
+The treasury is where sweeps go. Its key must not be on this machine. On a dev chain it is an address that nobody has
+the key of. A URL with a provider's key belongs in the environment, where `ps` does not show it.
+"""
+
+_DEVNET_EPILOG = """\
+examples:
+  diffusionz wallet devnet
+  diffusionz wallet devnet --port 9000 --slot-ms 20        final after 0.6 s instead of 13 s
+
+The real token programs, run by LiteSVM, behind a node's JSON-RPC, on this machine alone. The chain is in this process's
+memory: Ctrl-C ends it for good. A wallet folder that was made for it is of no use then; another chain has another
+genesis hash, and is refused.
+"""
+
+_FAUCET_EPILOG = """\
+examples:
+  diffusionz wallet faucet ADDRESS --sol 1
+  diffusionz wallet faucet ADDRESS --tokens 250.5 --sol 0.1
+
+On a dev chain only. Tokens are newly minted, SOL comes from the chain's own purse.
+"""
+
+_DEPOSIT_EPILOG = """\
+examples:
+  diffusionz wallet deposit alice --new                    opens the account user:alice, and prints its address
+  diffusionz wallet deposit alice --wait 120               looks until something is credited
+  diffusionz wallet deposit --refill 5000                  derives more addresses, from the seed
+
+The address takes the token and SOL, and is the account's for ever: what comes late is credited too. While nothing was
+deposited to it, it is given again. Credit is given when a deposit is final, some 13 seconds after it landed.
+"""
+
+_SWEEP_EPILOG = """\
+examples:
+  diffusionz wallet sweep
+  */5 * * * *  cd /srv/shop && diffusionz wallet sweep     the line of a crontab
+
+Looks for deposits first. A sweep is written down before it is sent, so one that was interrupted is found again by the
+next. It pays the address that the settings call treasury, and no other. Exit status 1: something did not land in time.
+"""
+
+_AUDIT_EPILOG = """\
+examples:
+  diffusionz wallet audit
+  diffusionz wallet audit --thorough                       also reads every history and every transaction
+  diffusionz wallet audit --offline --json                 the database alone
+
+Replays the journal, reckons every price again, and holds every balance against the chain's. Exit status 1: something
+is not as it must be; it begins with FAIL.
+"""
+
+_BACKUP_EPILOG = """\
+examples:
+  diffusionz wallet backup /backups/shop-2026-11-22.db
+
+The copy is of one moment, and checked: a damaged ledger gives no backup. Servers may go on meanwhile. The seed, the gas
+wallet and the pepper are not in it.
+"""
+
+_RESTORE_EPILOG = """\
+examples:
+  diffusionz wallet restore /backups/shop-2026-11-22.db
+
+Stop the server first. The history of every address is read again, which takes a while: what was deposited since the backup is credited, and
+nothing twice. Addresses that may have been given out since are retired. What users spent since, they have again: how
+much that can be is printed. The old database is kept. Until all of it has succeeded, nothing changes.
+"""
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Fills in the parser of `diffusionz wallet`."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=type(parser))
+
+    def command(
+        name: str, help: str, epilog: str, run: Callable[[argparse.Namespace], int], *, config: bool = True
+    ) -> Callable[..., argparse.Action]:
+        added: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        added.set_defaults(run=lambda args: _run(run, args))
+        if config:
+            added.add_argument("--config", metavar="FILE", help=f"the settings (default: {CONFIG} here)")
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
+        return added.add_argument
+
+    add = command("create", "make the keys, the settings and an empty ledger", _CREATE_EPILOG, _create, config=False)
+    add("folder", metavar="FOLDER", help="a new folder")
+    add("--rpc-url", metavar="URL", help=f"a node of the cluster (default: the environment's, else {DEVNET_URL})")
+    add("--mint", metavar="ADDRESS", help="the token (default, on a dev chain: a new one)")
+    add("--treasury", metavar="ADDRESS", help="where sweeps go (default, on a dev chain: a new address)")
+    add("--addresses", type=_count, default=1000, metavar="N", help="deposit addresses to derive (default: 1000)")
+
+    add = command("devnet", "run a Solana cluster of one node, for trying things out", _DEVNET_EPILOG, _devnet,
+                  config=False)  # fmt: skip
+    add("--port", type=_port, default=8899, metavar="N", help="on 127.0.0.1; 0 takes a free one (default: 8899)")
+    add("--slot-ms", type=_count, default=400, metavar="N", help="length of a slot in milliseconds (default: 400)")
+    add("--seed", type=_seed, metavar="N", help="the same seed gives the same genesis (default: a random one)")
+
+    add = command("faucet", "send tokens and SOL out of nothing, on a dev chain", _FAUCET_EPILOG, _faucet)
+    add("address", metavar="ADDRESS", help="a wallet, or a deposit address")
+    add("--tokens", type=_amount, metavar="X", help="how many, such as 250.5")
+    add("--sol", type=_amount, metavar="X", help="how many, such as 0.1")
+
+    add = command("deposit", "print an account's address for deposits, or wait for one", _DEPOSIT_EPILOG, _deposit)
+    add("account", metavar="ACCOUNT", nargs="?", help="alice is short for user:alice")
+    add("--new", action="store_true", help="open the account; without it a misspelt name is an error")
+    add("--wait", type=_count, metavar="SECONDS", help="look until something is credited")
+    add("--refill", type=_count, metavar="N", help="derive N more addresses for the pool; needs the seed")
+
+    add = command("sweep", "move what was deposited to the treasury", _SWEEP_EPILOG, _sweep)
+    add("--timeout", type=_count, default=120, metavar="SECONDS", help="for sweeps to become final (default: 120)")
+
+    add = command("audit", "replay the ledger, ask the chain, print every invariant", _AUDIT_EPILOG, _audit)
+    add("--offline", action="store_true", help="without the chain")
+    add("--thorough", action="store_true", help="read every history and recorded transaction")
+
+    add = command("backup", "copy the ledger while it is in use", _BACKUP_EPILOG, _backup)
+    add("file", metavar="FILE", help="a new file")
+
+    add = command(
+        "restore", "put a backup in the ledger's place, and catch up with the chain", _RESTORE_EPILOG, _restore
+    )
+    add("file", metavar="FILE", help="what `backup` wrote")
+    add("--addresses", type=_count, default=1000, metavar="N",
+        help="to derive for the pool, if the seed is here (default: 1000)")  # fmt: skip
+
+
+def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs a command; turns errors into those that the program's main function knows."""
+    if sys.version_info < (3, 11):
+        raise ImportError(f"diffusionz wallet needs Python 3.11 or later; this is {sys.version.split()[0]}")
+    try:
+        from diffusionz.payments.errors import ConfigurationError, PaymentsError
+
+        return command(args)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in PACKAGES:
+            raise
+        raise ImportError(f"diffusionz wallet needs more packages ({error.name} is missing): {EXTRA}") from error
+    except ConfigurationError as error:
+        raise ArgumentError(str(error)) from error
+    except PaymentsError as error:
+        raise DiffusionzError(str(error)) from error
+
+
+# --- Commands ---
+
+
+def _create(args: argparse.Namespace) -> int:
+    import pathlib
+    import shutil
+
+    folder = pathlib.Path(args.folder).absolute()
+    folder.mkdir(mode=0o700, parents=True)
+    try:
+        about = asyncio.run(_fill(folder, args))
+    except BaseException:
+        shutil.rmtree(folder)  # which was empty before
+        raise
+    if args.json:
+        _print_json(about)
+    else:
+        print(f"{folder}: a ledger for the token {about['mint']} on {about['network']}")
+        print(f"  treasury    {about['treasury']}")
+        print(f"  gas wallet  {about['gas']}" + ("" if about["network"] == "localnet" else "  (send it 0.05 SOL)"))
+        print(f"  addresses   {about['addresses']}, of {folder / 'master.seed'}: copy that file to a safe place")
+        print(f"next: cd {args.folder}, then: diffusionz wallet deposit alice --new")
+    return 0
+
+
+async def _fill(folder: Any, args: argparse.Namespace) -> dict[str, Any]:
+    import json
+
+    from solders.keypair import Keypair
+
+    from diffusionz.payments import addresses, settings
+    from diffusionz.payments.chain import GENESIS_HASHES, Chain
+
+    given = settings.load(environ={k: v for k, v in os.environ.items() if k == settings.PREFIX + "RPC_URLS"})
+    url = args.rpc_url or (given.rpc_urls or (DEVNET_URL,))[0]
+    async with Chain.connect(url) as chain:
+        genesis_hash = await chain.genesis_hash()
+        network = next((name for name, hash in GENESIS_HASHES.items() if hash == genesis_hash), "localnet")
+        if network != "localnet" and not (args.mint and args.treasury):
+            raise ArgumentError(f"{network} needs --mint and --treasury")
+        mint = args.mint or await _new_mint(url)
+        treasury = args.treasury or str(Keypair().pubkey())
+        token = await chain.mint(addresses.parse_address(mint))
+        gas = Keypair()
+
+        lines: dict[str, Any] = {
+            "database": str(folder / "payments.db"),
+            "network": network,
+            "rpc_urls": [url],
+            "mint": mint,
+            "token_program": _program_name(str(token.program)),
+            "token_decimals": token.decimals,
+            "treasury": str(addresses.parse_address(treasury)),
+            "seed_file": str(folder / "master.seed"),
+            "gas_key_file": str(folder / "gas.json"),
+            "pepper_file": str(folder / "pepper"),
+        }
+        if network == "localnet":
+            # Of no market; so that SOL is credited and calls have a price.
+            lines |= {"genesis_hash": genesis_hash, "domain": "localhost"}
+            lines |= {"rates_token_sources": ["fixed"], "rates_fixed_token": "0.01", "rates_first_high": "0.02"}
+            lines |= {"rates_sol_sources": ["fixed"], "rates_fixed_sol": "150"}
+            lines |= {"rates_min_sources": 1, "rates_market_min_samples": 1}
+        # A JSON string, number or list of them is TOML too.
+        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items())
+        _write_private(folder / CONFIG, text)
+        _write_private(folder / "gas.json", gas.to_json() + "\n")
+        settings.create_secret(folder / "pepper")
+        seed = addresses.Seed.create(folder / "master.seed")
+        shop = _open(settings.load(folder / CONFIG, environ={}))
+        try:
+            shop.addresses.add(addresses.derive_pool(seed, network, 0, args.addresses))
+            await shop.watcher(chain).start()
+        finally:
+            shop.connection.close()
+        if network == "localnet":
+            await _call(url, "requestAirdrop", str(gas.pubkey()), LAMPORTS)
+    return {
+        "folder": str(folder), "network": network, "genesis_hash": genesis_hash, "mint": mint, "treasury": treasury,
+        "gas": str(gas.pubkey()), "addresses": args.addresses,
+    }  # fmt: skip
+
+
+def _devnet(args: argparse.Namespace) -> int:
+    import secrets
+    import time
+
+    from diffusionz.payments.devnet import Devnet
+
+    seed = secrets.randbits(64) if args.seed is None else args.seed
+
+    async def serve() -> None:
+        devnet = Devnet(seed, slot_seconds=args.slot_ms / 1000, genesis_time=int(time.time()), strict_cursors=True)
+        async with devnet.serving("127.0.0.1", args.port, ticking=True) as url:
+            if args.json:
+                _print_json({"url": url, "genesis_hash": str(devnet.genesis_hash), "seed": seed})
+            else:
+                print(f"dev chain at {url}, genesis hash {devnet.genesis_hash}; Ctrl-C ends it")
+                at = "" if url == DEVNET_URL else f" --rpc-url {url}"
+                print(f"next, in another terminal: diffusionz wallet create shop{at}")
+            sys.stdout.flush()
+            await asyncio.Event().wait()
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve())
+    return 0
+
+
+def _faucet(args: argparse.Namespace) -> int:
+    from diffusionz.payments.addresses import parse_address
+
+    settings = _settings(args)
+    if settings.network != "localnet":
+        raise ArgumentError(f"the settings are of {settings.network}; there is a faucet on dev chains alone")
+    if args.tokens is None and args.sol is None:
+        raise ArgumentError("nothing to send: give --tokens, --sol or both")
+    address = str(parse_address(args.address))
+    sent: dict[str, Any] = {"address": address}
+    if args.sol is not None:
+        lamports = _units(args.sol, 9, "--sol")
+        sent |= {"lamports": lamports, "sol_signature": _ask(settings, "requestAirdrop", address, lamports)}
+    if args.tokens is not None:
+        amount = _units(args.tokens, settings.token_decimals, "--tokens")
+        signature = _ask(settings, "devnet_mintTo", settings.mint, address, amount)
+        sent |= {"tokens": amount, "token_signature": signature}
+    if args.json:
+        _print_json(sent)
+    else:
+        parts = [f"{args.sol} SOL" if args.sol is not None else "", f"{args.tokens} tokens" if args.tokens else ""]
+        print(f"sent {' and '.join(filter(None, parts))} to {address}")
+    return 0
+
+
+def _deposit(args: argparse.Namespace) -> int:
+    if (args.account is None) == (args.refill is None):
+        raise ArgumentError("give an ACCOUNT, or --refill N")
+    settings = _settings(args)
+    with _opened(settings) as shop:
+        if args.refill is not None:
+            added = _refill(shop.addresses, _seed_of(settings), args.refill)
+            return _done(args, {"added": added, "free": shop.addresses.free()}, f"{added} more addresses")
+        account = args.account if ":" in args.account else f"user:{args.account}"
+        if args.new:
+            shop.ledger.open_account(account, "user")
+        balance = shop.ledger.balance(account)
+        unused = shop.addresses.unused(account)
+        address = unused[0] if unused else shop.addresses.issue(account)
+        about = {"account": account, "address": address, "balance": balance.posted}
+        if args.wait is None:
+            return _done(args, about, address)
+        if not args.json:
+            print(f"{address}  waiting for a deposit")
+            sys.stdout.flush()
+        credited = asyncio.run(_wait(shop, account, args.wait))
+        posted = shop.ledger.balance(account).posted
+        text = f"{_shown(credited, settings)} credited; the balance is {_shown(posted, settings)}"
+        _done(args, about | {"credited": credited, "balance": posted}, text)
+        if not credited:
+            raise DiffusionzError(f"nothing was credited within {args.wait} s")
+        return 0
+
+
+async def _wait(shop: Shop, account: str, seconds: int) -> int:
+    """Looks for deposits until one is credited, or the time is over; returns how much it was, in base units."""
+    loop = asyncio.get_running_loop()
+    deadline, refresh_at = loop.time() + seconds, loop.time()
+    newest = shop.newest(account)
+    async with shop.chain() as chain, shop.rates_client(chain) as rates:
+        watcher = shop.watcher(chain)
+        await watcher.start()
+        while True:
+            if loop.time() >= refresh_at:
+                await rates.refresh()
+                refresh_at = loop.time() + shop.settings.rates_interval_s
+            await watcher.scan()
+            credited = sum(line.amount for line in shop.ledger.history(account) if line.seq > newest
+                           and line.code == "deposit")  # fmt: skip
+            if credited or loop.time() >= deadline:
+                return credited
+            await asyncio.sleep(POLL_S)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    seed = _seed_of(settings)
+    with _opened(settings) as shop:
+        (before,) = shop.connection.execute("SELECT coalesce(max(id), 0) FROM movements").fetchone()
+        counts = asyncio.run(_sweep_until_final(shop, seed, _gas_of(settings), args.timeout))
+        swept = dict(
+            shop.connection.execute(
+                "SELECT CASE mint WHEN 'SOL' THEN 'lamports' ELSE 'tokens' END, -sum(delta) FROM movements"
+                " WHERE kind = 'sweep' AND id > ? GROUP BY 1",
+                (before,),
+            ).fetchall()
+        )
+        about = {"tokens": swept.get("tokens", 0), "lamports": swept.get("lamports", 0), "sweeps": counts}
+        summary = f"swept {_shown(about['tokens'], settings)} tokens and {about['lamports'] / LAMPORTS:.9f} SOL"
+        _done(args, about, summary)
+        low = [detail for kind, _, detail in shop.deposits.alarms() if kind == "gas is low"]
+    if low:
+        raise DiffusionzError(f"the gas wallet is low, nothing was sent: {low[0]}")
+    if unlucky := [f"{count} {status}" for status, count in counts.items() if status != "landed"]:
+        raise DiffusionzError(f"sweeps that did not land: {', '.join(unlucky)}; the next sweep looks after them")
+    return 0
+
+
+async def _sweep_until_final(shop: Shop, seed: Seed, gas: Keypair, timeout: int) -> dict[str, int]:
+    """Sends what can be swept; returns how many transactions came to what."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    connection = shop.connection
+    (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM sweeps").fetchone()
+    concerned = f"SELECT id FROM sweeps WHERE status = 'open' OR id > {last}"
+    open_before = {id for (id,) in connection.execute(concerned)}
+    async with shop.chain() as chain, shop.rates_client(chain) as rates:
+        watcher = shop.watcher(chain)
+        await watcher.start()
+        await rates.refresh()
+        await watcher.scan()
+        sweeper = shop.sweeper(chain, seed, gas)
+        await sweeper.step()
+        ids = open_before | {id for (id,) in connection.execute(concerned)}
+        while connection.execute("SELECT 1 FROM sweeps WHERE status = 'open'").fetchone() and loop.time() < deadline:
+            await asyncio.sleep(min(POLL_S, max(deadline - loop.time(), 0)))
+            await sweeper.resolve()
+    counts: dict[str, int] = {}
+    for id, status in connection.execute("SELECT id, status FROM sweeps ORDER BY id"):
+        if id in ids:
+            counts[status] = counts.get(status, 0) + 1
+    return counts
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from diffusionz.payments.audit import Report, audit, audit_records
+
+    if args.offline and args.thorough:
+        raise ArgumentError("--thorough asks the chain; it does not go with --offline")
+    settings = _settings(args)
+
+    async def with_chain(shop: Shop) -> Report:
+        async with shop.chain() as chain:
+            return await audit(shop.watcher(chain), thorough=args.thorough)
+
+    with _opened(settings) as shop:
+        report = audit_records(shop.ledger) if args.offline else asyncio.run(with_chain(shop))
+    if args.json:
+        _print_json({
+            "clean": report.clean,
+            "invariants": [
+                {"about": about, "name": line.name, "holds": line.holds, "detail": line.detail}
+                for about, lines in report.invariants.items() for line in lines
+            ],
+            "figures": report.figures,
+        })  # fmt: skip
+        return 0 if report.clean else 1
+    for about, lines in report.invariants.items():
+        for line in lines:
+            print(f"{'ok  ' if line.holds else 'FAIL'}  {about}: {line.name}; {line.detail}")
+    print()
+    for name, value in report.figures.items():
+        digits = 9 if name.endswith("lamports") else settings.token_decimals
+        label = name.replace("lamports", "SOL").replace("_", " ")
+        print(f"      {label:22}{Decimal(value).scaleb(-digits):>24,.{digits}f}")
+    print()
+    print("all is well" if report.clean else f"{len(report.failed)} of the invariants do not hold")
+    return 0 if report.clean else 1
+
+
+def _backup(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from diffusionz.payments.backup import backup
+
+    with _opened(_settings(args)) as shop:
+        made = backup(shop.connection, args.file)
+    about = f"{made.path}: {made.transfers} transfers, {made.size_bytes / 2**20:,.1f} MiB, checked"
+    return _done(args, dataclasses.asdict(made), about)
+
+
+def _restore(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from diffusionz.payments.backup import Restored, restore
+
+    settings = _settings(args)
+    seed = _seed_of(settings) if settings.seed_file else None
+    free = 0
+
+    def refill(addresses: Addresses) -> None:
+        nonlocal free
+        free = _refill(addresses, seed, args.addresses) if seed else 0
+
+    async def with_chain() -> Restored:
+        async with _connected(settings) as chain:
+            return await restore(
+                args.file,
+                settings.database,
+                lambda connection: _assemble(settings, connection).watcher(chain),
+                network=settings.network,
+                refill=refill,
+            )
+
+    restored = asyncio.run(with_chain())
+    if args.json:
+        _print_json(dataclasses.asdict(restored) | {"free": free})
+        return 0
+    print(f"{settings.database}: restored, {restored.backup.transfers} transfers to {_time(restored.backup.last_at)}")
+    if restored.replaced:
+        print(f"  the old one is kept as {restored.replaced}")
+    print(f"  {restored.found} movements on the chain since then were found, and recorded")
+    print(f"  {restored.retired} addresses may have been given out since: retired; the pool has {free} new ones"
+          + ("" if free else ", `diffusionz wallet deposit --refill N` where the seed is"))  # fmt: skip
+    if restored.tail is None:
+        print(
+            f"  what users spent since is unknown and theirs again: at most {_shown(restored.at_risk, settings)} tokens"
+        )
+        print("  API keys that were revoked since are valid again")
+    else:
+        charged = _shown(restored.tail.charged, settings)
+        print(f"  the old one has {restored.tail.transfers} transfers more: users spent {charged} tokens, theirs again")
+        for id in restored.tail.adjustments:
+            print(f"  an operator's transfer is lost, make it again: {id}")
+        if restored.tail.revoked:
+            print(f"  API keys were revoked again: {', '.join(restored.tail.revoked)}")
+    for account in restored.unexplained:
+        print(f"  does not add up: {account}; see `diffusionz wallet audit`")
+    return 0
+
+
+# --- What the settings say, put together ---
+
+
+class Shop(NamedTuple):
+    """The parts that share a database."""
+
+    settings: Settings
+    connection: Connection
+    ledger: Ledger
+    rates: Rates
+    addresses: Addresses
+    deposits: Deposits
+
+    def watcher(self, chain: Chain) -> Watcher:
+        from diffusionz.payments.watcher import Watcher
+
+        return Watcher(chain, self.deposits)
+
+    def sweeper(self, chain: Chain, seed: Seed, gas: Keypair) -> Sweeper:
+        from diffusionz.payments.sweeper import Sweeper
+
+        return Sweeper(chain, self.deposits, {seed.version: seed}, gas)
+
+    def newest(self, account: str) -> int:
+        """The seq of the account's last line."""
+        lines = self.ledger.history(account, limit=1)
+        return lines[0].seq if lines else 0
+
+    def chain(self) -> contextlib.AbstractAsyncContextManager[Chain]:
+        return _connected(self.settings)
+
+    @contextlib.asynccontextmanager
+    async def rates_client(self, chain: Chain) -> AsyncIterator[Rates]:
+        """The rates, with the sources that are configured."""
+        import httpx2
+
+        from diffusionz.payments.rates import Rates
+
+        async def slot() -> int:
+            return (await chain.tip("processed")).slot
+
+        async with httpx2.AsyncClient() as client:
+            yield Rates.from_settings(self.settings, self.connection, client=client, slot=slot)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from diffusionz.payments import settings
+
+    path = args.config
+    if path is None and settings.PATH_VARIABLE not in os.environ:
+        if not os.path.exists(CONFIG):
+            raise ArgumentError(
+                f"no {CONFIG} here: give --config FILE, or set {settings.PATH_VARIABLE};"
+                " `diffusionz wallet create` makes one"
+            )
+        path = CONFIG
+    loaded = settings.load(path)
+    loaded.require("rpc_urls", "mint", "treasury")
+    return loaded
+
+
+def _assemble(settings: Settings, connection: Connection) -> Shop:
+    from diffusionz.payments.addresses import Addresses
+    from diffusionz.payments.chain import GENESIS_HASHES
+    from diffusionz.payments.deposits import Deposits, Pins
+    from diffusionz.payments.ledger import Ledger
+    from diffusionz.payments.rates import Rates
+
+    if settings.network not in GENESIS_HASHES:
+        settings.require("genesis_hash")
+    ledger = Ledger(connection)
+    rates = Rates.from_settings(settings, connection)
+
+    def sol_to_tokens(lamports: int, now: float) -> tuple[int, str]:
+        conversion = rates.convert_sol(lamports, now)
+        return conversion.tokens, str(conversion)
+
+    pins = Pins(
+        settings.genesis_hash or GENESIS_HASHES[settings.network],
+        str(settings.mint),
+        _program_of(settings.token_program),
+        settings.token_decimals,
+    )
+    deposits = Deposits(connection, ledger, pins, sol_to_tokens, treasury=str(settings.treasury))
+    return Shop(settings, connection, ledger, rates, Addresses(connection, settings.network), deposits)
+
+
+def _open(settings: Settings) -> Shop:
+    from diffusionz.payments.database import open_database
+
+    connection = open_database(settings.database)
+    try:
+        return _assemble(settings, connection)
+    except BaseException:
+        connection.close()
+        raise
+
+
+@contextlib.contextmanager
+def _opened(settings: Settings) -> Iterator[Shop]:
+    """The parts; the database has to be there, for none is made by mistake."""
+    if not os.path.exists(settings.database):
+        raise ArgumentError(f"database: there is no {settings.database}; `diffusionz wallet create` makes one")
+    shop = _open(settings)
+    try:
+        yield shop
+    finally:
+        shop.connection.close()
+
+
+@contextlib.asynccontextmanager
+async def _connected(settings: Settings) -> AsyncIterator[Chain]:
+    """The first node that answers. Raises ChainError when none does."""
+    from diffusionz.payments.chain import Chain
+    from diffusionz.payments.errors import ChainError
+
+    for last, url in ((url == settings.rpc_urls[-1], url) for url in settings.rpc_urls):
+        async with Chain.connect(url) as chain:
+            try:
+                await chain.genesis_hash()
+            except ChainError:
+                if last:
+                    raise
+                continue
+            yield chain
+            return
+
+
+def _seed_of(settings: Settings) -> Seed:
+    from diffusionz.payments.addresses import Seed
+
+    settings.require("seed_file")
+    return Seed.load(str(settings.seed_file))
+
+
+def _gas_of(settings: Settings) -> Keypair:
+    from solders.keypair import Keypair
+
+    from diffusionz.payments.errors import ConfigurationError
+
+    text = settings.secret("gas_key_file")
+    try:
+        return Keypair.from_json(text.decode())
+    except Exception:  # whose message may have some of the key
+        raise ConfigurationError(
+            f"gas_key_file: {settings.gas_key_file} is not a wallet; it must be a JSON list of 64 bytes"
+        ) from None
+
+
+def _refill(addresses: Addresses, seed: Seed, count: int) -> int:
+    """Adds the next addresses of the seed to the pool."""
+    from diffusionz.payments.addresses import derive_pool
+
+    (first,) = addresses.connection.execute(
+        "SELECT coalesce(max(position) + 1, 0) FROM deposit_addresses WHERE network = ? AND version = ?",
+        (addresses.network, seed.version),
+    ).fetchone()
+    return addresses.add(derive_pool(seed, addresses.network, first, count))
+
+
+def _program_of(name: str) -> str:
+    from spl.token.constants import TOKEN_2022_PROGRAM_ID, TOKEN_PROGRAM_ID
+
+    return str({"spl-token": TOKEN_PROGRAM_ID, "token-2022": TOKEN_2022_PROGRAM_ID}[name])
+
+
+def _program_name(address: str) -> str:
+    from diffusionz.payments.settings import TOKEN_PROGRAMS
+
+    return next(name for name in TOKEN_PROGRAMS if _program_of(name) == address)
+
+
+# --- The dev chain's own methods ---
+
+
+async def _new_mint(url: str) -> str:
+    """Makes a token on a dev chain, finally. Raises ArgumentError when the node is none."""
+    import secrets
+
+    try:
+        mint: str = await _call(url, "devnet_createMint", DEVNET_DECIMALS, f"token {secrets.token_hex(8)}")
+        await _call(url, "devnet_advance", FINALITY_SLOTS)
+    except DiffusionzError as error:
+        raise ArgumentError(
+            f"the cluster is no dev chain that makes tokens: give --mint and --treasury ({error})"
+        ) from None
+    return mint
+
+
+def _ask(settings: Settings, method: str, *params: object) -> Any:
+    return asyncio.run(_call(settings.rpc_urls[0], method, *params))
+
+
+async def _call(url: str, method: str, *params: object) -> Any:
+    """A JSON-RPC method that the client of Solana has no name for. Raises DiffusionzError."""
+    import httpx2
+
+    request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
+    try:
+        async with httpx2.AsyncClient() as client:
+            answer = (await client.post(url, json=request)).json()
+    except (httpx2.HTTPError, ValueError) as error:
+        raise DiffusionzError(f"{method}: the node does not answer: {type(error).__name__}") from None
+    if "result" not in answer:
+        raise DiffusionzError(f"{method}: {answer.get('error', {}).get('message', 'no result')}")
+    return answer["result"]
+
+
+# --- Helpers ---
+
+
+def _done(args: argparse.Namespace, about: dict[str, Any], text: str) -> int:
+    if args.json:
+        _print_json(about)
+    else:
+        print(text)
+    return 0
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _shown(base_units: int, settings: Settings) -> str:
+    return f"{Decimal(base_units).scaleb(-settings.token_decimals):,f}"
+
+
+def _time(seconds: int | None) -> str:
+    import datetime
+
+    if seconds is None:
+        return "its beginning"
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _write_private(path: Any, text: str) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def _units(amount: Decimal, decimals: int, what: str) -> int:
+    """A decimal number as base units, exact. Raises ArgumentError."""
+    scaled = amount.scaleb(decimals)
+    if scaled != int(scaled) or scaled >= 2**63:
+        raise ArgumentError(f"{what} is {amount}; it may have {decimals} decimals, and 2^63-1 base units")
+    return int(scaled)
+
+
+def _amount(text: str) -> Decimal:
+    try:
+        amount = Decimal(text)
+    except InvalidOperation:
+        amount = Decimal(0)
+    if not amount.is_finite() or amount <= 0 or abs(amount.adjusted()) > 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return amount
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not text.isascii() or not text.isdigit() or not least <= int(text[:30]) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, 10**6)
+
+
+def _port(text: str) -> int:
+    return _whole(text, 0, 65535)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, 2**64 - 1)
