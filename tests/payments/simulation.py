@@ -2,14 +2,18 @@
 
     python -m tests.payments.simulation --steps 100000 --seed 1
 
-Goal: whatever happens, in whatever order, no money appears, disappears, or is owed below zero. Method, after FoundationDB
-and TigerBeetle: one `random.Random(seed)` chooses every step, the parts under test are the real ones on a real database
-and a real (dev) chain, and what must be true is reckoned a second time, from what the chain and the users did.
+Goal: whatever happens, in whatever order, no money appears, disappears, or is owed below zero. Method, after that of
+FoundationDB and TigerBeetle: one `random.Random(seed)` chooses every step, the parts under test are the real ones on a
+real database and a real (dev) chain, and what must be true is reckoned a second time, from what the chain and the users
+did.
 
 The watchers, sweepers and the reader of rates are tasks that stop before and after each of their awaits; what else
 happens goes in between. A crash is one of two things, at an await or between two statements of SQL: a process is gone
 (its connection closes with whatever transaction was open), or the machine is (all of them are, and what goes on is a
-copy of the files as they lay there). `kill_for_real` does it to processes of the system, with SIGKILL.
+copy of the files as they lay there).
+
+With `--processes` the watcher and the sweeper are processes of the system instead, which ask the chain over HTTP, and
+SIGKILL ends them at any moment; then the seed alone does not tell the course.
 """
 
 from __future__ import annotations
@@ -19,12 +23,16 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import json
 import logging
+import os
 import pathlib
 import random
 import re
 import shutil
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -72,6 +80,7 @@ from diffusionz.payments.watcher import UNEXPLAINED, Watcher
 from tests.payments.world import NETWORK, SECRET, Killed
 
 T = TypeVar("T")
+ROOT = pathlib.Path(__file__).parents[2]
 DECIMALS = 6
 POOL = 600
 USERS_MAX = 40
@@ -615,6 +624,8 @@ class Simulation:
         self.limbo: list[VersionedTransaction] = []
         self.installed: list[Installed] = []
         self.refreshed = 0.0
+        self.labour: asyncio.subprocess.Process | None = None
+        self.url = ""
 
         self.path = folder / "0" / "ledger.db"
         self.path.parent.mkdir()
@@ -753,8 +764,13 @@ class Simulation:
 
     async def work(self) -> None:
         """One of the workers comes to its next await."""
-        watcher, second, sweeper, second_sweeper, rates = self.workers
+        _, _, sweeper, second_sweeper, rates = self.workers
         process = self.chance.choices(self.workers, [10, 2, 4, 1, 4])[0]
+        if self.labour is not None and process is not rates:
+            await self.work_in_a_process("sweep" if process in (sweeper, second_sweeper) else "scan")
+            return
+        if self.chance.random() < 0.02:
+            process.fuse.left = self.chance.randrange(12)
         if process.task is None:
             if process is rates:
                 if self.clock() - self.refreshed < 25 and self.chance.random() < 0.95:
@@ -786,6 +802,21 @@ class Simulation:
         except Killed:
             self.bury(process)
 
+    async def work_in_a_process(self, what: str) -> None:
+        """A process is started for one scan or one step of the sweeper, and may be killed before it has done it."""
+        assert self.labour is not None and self.labour.stdin is not None and self.labour.stdout is not None
+        job = [what, self.clock(), str(self.path), self.url, *dataclasses.astuple(self.pins), str(self.treasury)]
+        self.labour.stdin.write(json.dumps([*job, self.gas.to_json()]).encode() + b"\n")
+        pid = int(await self.labour.stdout.readline())
+        if self.chance.random() < 0.3:
+            await asyncio.sleep(self.chance.uniform(0.0, 0.12))
+            with contextlib.suppress(ProcessLookupError):  # it was faster
+                os.kill(pid, signal.SIGKILL)
+        status = int(await self.labour.stdout.readline())
+        assert status in (0, -signal.SIGKILL), f"{what} left with {status}"
+        self.happened[f"{what} in a process" + (", killed" if status else "")] += 1
+        self.crashes += status != 0
+
     async def finish(self, process: Process, work: Coroutine[Any, Any, Any]) -> Any:
         """All of a coroutine, with nothing in between."""
         await process.start(work)
@@ -810,7 +841,7 @@ class Simulation:
             while process.task is not None:
                 await process.step()
                 self.gather(process)
-        for _ in range(12):  # the clock was put right; a rate needs three samples, which an operator may have to approve
+        for _ in range(12):  # the clock was put right; a rate needs three samples, approved by an operator if need be
             self.devnet.advance(62)
             self.market.move(self.devnet.time)
             await self.finish(rates, rates.rates.refresh())
@@ -872,8 +903,7 @@ class Simulation:
             self.users.append(user)
             self.accounts[user] = Account()
             self.new_key(user)
-        for nonce, signature in nonces:
-            self.refused(IdentityError, lambda web, n=nonce, s=signature: web.identity.sign_in(address, n, s))
+        self.refused(IdentityError, lambda web: web.identity.sign_in(address, *nonces[-1]))
 
     def refused(self, error: type[PaymentsError], request: Callable[[Process], Any]) -> None:
         try:
@@ -1051,9 +1081,13 @@ class Simulation:
             assert (hold.created, hold.tokens, hold.state, hold.charged) == (False, call.tokens, state, call.charged)
         elif what == 1:
             user, service, units, id, hash = self.request(call)
+            other_user = self.chance.choice([other for other in self.users if other != user])
             other = self.chance.choice(
-                [(user, service, units + 1, id, hash), (user, service, units, id, "other")]
-                + [(other, service, units, id, hash) for other in self.users if other != user][:1]
+                [
+                    (user, service, units + 1, id, hash),
+                    (user, service, units, id, "x"),
+                    (other_user, *self.request(call)[1:]),
+                ]
             )
             self.refused(ConflictError, lambda web: web.charges.hold(*other, ttl_s=7))
         elif what == 2:
@@ -1134,7 +1168,8 @@ class Simulation:
     def deposit_sol(self) -> None:
         """What is too little for a new account to keep fails on the chain."""
         lamports = self.amount(10**8)
-        self.send(transfer(TransferParams(from_pubkey=self.eve.pubkey(), to_pubkey=self.some_address(), lamports=lamports)))
+        eve, address = self.eve.pubkey(), self.some_address()
+        self.send(transfer(TransferParams(from_pubkey=eve, to_pubkey=address, lamports=lamports)))
 
     def spam(self) -> None:
         """Entries in a history that move nothing."""
@@ -1263,21 +1298,78 @@ CALM_EVERY = 2500
 
 
 async def simulate(seed: int, steps: int, folder: pathlib.Path, calm_every: int = CALM_EVERY) -> Simulation:
+    """Raises AssertionError, with the seed and what came before, when something is not as it must be."""
     simulation = Simulation(seed, folder, calm_every=calm_every)
     await simulation.run(steps)
     return simulation
+
+
+async def simulate_with_processes(seed: int, steps: int, folder: pathlib.Path, calm_every: int) -> Simulation:
+    """The same with true processes, and true SIGKILLs."""
+    simulation = Simulation(seed, folder, calm_every=calm_every)
+    simulation.labour = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.payments.simulation", "--labour",
+        cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with simulation.devnet.serving() as simulation.url:
+            await simulation.run(steps)
+    finally:
+        simulation.labour.stdin.close()  # type: ignore[union-attr]
+        await simulation.labour.wait()
+    return simulation
+
+
+def labour() -> None:
+    """Forks a process for each job that comes in: its number goes out, and later how it ended."""
+    logging.disable(logging.CRITICAL)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            asyncio.run(do_job(*json.loads(line)))
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+async def do_job(
+    what: str, now: float, path: str, url: str, genesis: str, mint: str, program: str, decimals: int, treasury: str,
+    gas: str,
+) -> None:  # fmt: skip
+    connection = open_database(path)
+    ledger, rates = Ledger(connection, lambda: now), Rates(connection, RateRules(), decimals=decimals)
+
+    def sol_to_tokens(lamports: int, now: float) -> tuple[int, str]:
+        conversion = rates.convert_sol(lamports, now)
+        return conversion.tokens, str(conversion)
+
+    deposits = Deposits(
+        connection, ledger, Pins(genesis, mint, program, decimals), sol_to_tokens, treasury=treasury, clock=lambda: now
+    )
+    async with Chain.connect(url) as chain:
+        with contextlib.suppress(ChainError):
+            if what == "scan":
+                await Watcher(chain, deposits, clock=lambda: now).scan()
+            else:
+                await Sweeper(chain, deposits, {1: Seed(SECRET)}, Keypair.from_json(gas), clock=lambda: now).step()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--calm-every", type=int, default=CALM_EVERY)
+    parser.add_argument("--calm-every", type=int, default=CALM_EVERY, help="steps between the times when all settles")
+    parser.add_argument("--processes", action="store_true", help="true processes and true SIGKILLs; not repeatable")
+    parser.add_argument("--labour", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.labour:
+        labour()
+        return
     logging.disable(logging.CRITICAL)
     started = time.monotonic()
+    course = simulate_with_processes if options.processes else simulate
     with tempfile.TemporaryDirectory(prefix="payments-simulation-") as folder:
-        world = asyncio.run(simulate(options.seed, options.steps, pathlib.Path(folder), options.calm_every))
+        world = asyncio.run(course(options.seed, options.steps, pathlib.Path(folder), options.calm_every))
     audited = world.auditor
     print(
         f"seed {options.seed}: {options.steps} steps in {time.monotonic() - started:.0f} s; {world.crashes} crashes, "
