@@ -130,9 +130,9 @@ _RESTORE_EPILOG = """\
 examples:
   diffusionz wallet restore /backups/shop-2026-11-22.db
 
-Stop the server first. The history of every address is read again, which takes a while: what was deposited since the backup is credited, and
-nothing twice. Addresses that may have been given out since are retired. What users spent since, they have again: how
-much that can be is printed. The old database is kept. Until all of it has succeeded, nothing changes.
+Stop the server first. The history of every address is read again, which takes a while: what was deposited since the
+backup is credited, and nothing twice. Addresses that may have been given out since are retired. What users spent since,
+they have again: how much that can be is printed. The old database is kept. Until all has succeeded, nothing changes.
 """
 
 
