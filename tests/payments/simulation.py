@@ -264,6 +264,8 @@ class Market:
         manners = ["honest", "honest", "honest", "late", "stale", "missing", "broken", "thin", "liar", "future"]
         for asset, feeds in self.manners.items():
             feeds[self.chance.randrange(3)] = self.chance.choice(manners)
+            if self.chance.random() < 0.15:
+                feeds[:2] = ["liar", "liar"]
             self.lie[asset] = self.chance.choice([20.0, 300.0, 0.05, 0.001])
 
 
@@ -747,8 +749,8 @@ class Simulation:
     def ask(self, request: Callable[[Process], T], instead: Callable[[Process], T] | None = None) -> T:
         """The web process's answer. If it dies over it the request is sent again, as clients do; or the client leaves,
         and `instead` is asked, which tells what became of it."""
-        if self.chance.random() < 0.04:
-            self.web.fuse.left = self.chance.randrange(40)
+        if self.chance.random() < 0.06:
+            self.web.fuse.left = self.chance.randrange(30)
         while True:
             try:
                 return request(self.web)
