@@ -34,7 +34,7 @@ from diffusionz.payments.database import IntegrityError, open_database
 from diffusionz.payments.deposits import SOL
 from diffusionz.payments.devnet import faults, mints
 from diffusionz.payments.errors import AddressError, ChainError, ConfigurationError, SeedError
-from tests.payments.world import NETWORK, SECRET, Deadly, Killed, World
+from tests.payments.world import NETWORK, SECRET, Deadly, Killed, World, Yielding
 
 MEMO = Pubkey.from_string("MemoSq4gqABAXKb96qnH8TysNcWxMyWCqXgDLGmfcHr")
 LOOKUP_TABLES = Pubkey.from_string("AddressLookupTab1e1111111111111111111111111")
@@ -380,7 +380,8 @@ def test_A14_two_watchers_at_once_credit_once(world: World) -> None:
         world.pay(addresses[n % 2], 100 + n)
     world.devnet.finalize()
     connections = [open_database(world.path) for _ in range(3)]
-    watchers = [world.new_watcher(deposits=world.new_deposits(connection)) for connection in connections]
+    chain = Yielding(world.chain)
+    watchers = [world.new_watcher(chain, world.new_deposits(connection)) for connection in connections]
 
     async def race() -> None:
         await asyncio.gather(*(watcher.scan() for watcher in watchers), world.watcher.scan())

@@ -22,7 +22,7 @@ from diffusionz.payments.database import IntegrityError, open_database
 from diffusionz.payments.deposits import SOL
 from diffusionz.payments.devnet import faults
 from diffusionz.payments.errors import ConfigurationError, SeedError
-from tests.payments.world import NETWORK, SECRET, World
+from tests.payments.world import NETWORK, SECRET, World, Yielding
 
 
 def issue(world: World, count: int) -> list[Pubkey]:
@@ -177,6 +177,41 @@ def test_nothing_is_swept_while_a_deposit_is_on_its_way(world: World) -> None:
     world.settle()
     world.sweep()
     assert (world.statuses(), world.devnet.token_balance(world.mint, world.treasury)) == (["landed"], 11)
+    world.devnet.transfer_sol(world.eve, address, 10**9)
+    world.settle()
+    world.devnet.transfer_sol(world.eve, address, 10**9)
+    world.devnet.advance(1)
+    world.run(world.sweeper.step())
+    assert world.statuses() == ["landed"]
+
+
+def test_a_sweep_is_open_until_it_is_final(world: World) -> None:
+    [address] = issue(world, 1)
+    world.pay(address, 5)
+    world.settle()
+    world.run(world.sweeper.step())
+    for _ in range(31):
+        world.devnet.advance(1)
+        world.run(world.sweeper.step())
+        assert (world.statuses(), len(world.movements())) == (["open"], 1)
+    world.devnet.advance(1)
+    world.run(world.sweeper.step())
+    assert (world.statuses(), len(world.movements())) == (["landed"], 2)
+
+
+def test_a_sweep_expires_by_blocks_and_not_by_slots(world: World) -> None:
+    """Slots that no leader used do not bring the end of a blockhash nearer: what was sent may still land."""
+    [address] = issue(world, 1)
+    world.pay(address, 5)
+    world.settle()
+    with world.devnet.fault(faults.timeout, "sendTransaction"):
+        world.run(world.sweeper.step())
+        world.devnet.skip(500)
+        world.devnet.advance(40)
+        world.run(world.sweeper.step())
+        assert world.statuses() == ["open"]
+    world.sweep()
+    assert world.statuses() == ["landed"]
 
 
 def test_two_sweepers_at_once_sweep_once(world: World) -> None:
@@ -184,7 +219,8 @@ def test_two_sweepers_at_once_sweep_once(world: World) -> None:
         world.pay(address, 5)
     world.settle()
     connections = [open_database(world.path) for _ in range(3)]
-    sweepers = [world.new_sweeper(deposits=world.new_deposits(connection)) for connection in connections]
+    chain = Yielding(world.chain)
+    sweepers = [world.new_sweeper(chain, world.new_deposits(connection)) for connection in connections]
 
     async def race() -> None:
         await asyncio.gather(*(sweeper.step() for sweeper in sweepers))

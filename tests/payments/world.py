@@ -241,6 +241,24 @@ class World:
         assert uncredited == 0
 
 
+class Yielding:
+    """A chain whose calls let the other tasks run, before the request and after the answer."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._chain, name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            await asyncio.sleep(0)
+            answer = await method(*args, **kwargs)
+            await asyncio.sleep(0)
+            return answer
+
+        return call
+
+
 class Killed(BaseException):
     """The process is gone."""
 
