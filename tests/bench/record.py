@@ -80,7 +80,7 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "diffusionz", "py", "CMakeLists.txt")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "diffusionz", "py", "payments", "CMakeLists.txt")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
