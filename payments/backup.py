@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from diffusionz.payments.addresses import Addresses
-from diffusionz.payments.database import Connection, immediate, open_database, storage_errors
+from diffusionz.payments.database import Connection, immediate, open_database
 from diffusionz.payments.errors import ChainError, StorageError
 from diffusionz.payments.ledger import COLUMNS, Ledger
 from diffusionz.payments.watcher import Watcher
@@ -91,7 +91,7 @@ def backup(connection: Connection, path: str | os.PathLike[str]) -> Backup:
         raise StorageError(f"{path}: a file of that name exists; a backup replaces none")
     with _partial(path) as partial:
         with closing(_connect(partial)) as copy:
-            with storage_errors(f"{path}: "):
+            with _errors(path):
                 connection.backup(copy)
                 copy.execute("PRAGMA journal_mode = DELETE")  # one file, that needs no other beside it
             about = _checked(copy, path)
@@ -124,7 +124,7 @@ async def restore(
     _require_unused(database)
     with _partial(database) as partial:
         with closing(_connect(backup, "ro")) as source, closing(_connect(partial)) as copy:
-            with storage_errors(f"{backup}: "):
+            with _errors(backup):
                 source.backup(copy)
             if not copy.execute("SELECT 1 FROM sqlite_schema WHERE name = 'transfers'").fetchone():
                 raise StorageError(f"{backup}: is not a database of payments")
@@ -168,19 +168,28 @@ def _partial(path: pathlib.Path) -> Iterator[pathlib.Path]:
             name.unlink(missing_ok=True)
 
 
+@contextmanager
+def _errors(path: pathlib.Path) -> Iterator[None]:
+    """Turns whatever SQLite has to say of a file, of which all is in question here, into StorageError."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise StorageError(f"{path}: {error}") from error
+
+
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     """A database's file, and those that SQLite may keep beside it."""
     return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
 
 
 def _connect(path: pathlib.Path, mode: str = "rw") -> Connection:
-    with storage_errors(f"{path}: "):
+    with _errors(path):
         return sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode={mode}", uri=True, isolation_level=None)
 
 
 def _checked(connection: Connection, path: pathlib.Path) -> tuple[int, int | None]:
     """(transfers, time of the newest). Raises StorageError unless every invariant of the ledger holds."""
-    with storage_errors(f"{path}: "):
+    with _errors(path):
         failed = [line for line in Ledger(connection).check() if not line.holds]
         if failed:
             what = "; ".join(f"{line.name}: {line.detail}" for line in failed)
@@ -191,10 +200,10 @@ def _checked(connection: Connection, path: pathlib.Path) -> tuple[int, int | Non
 
 def _lost(connection: Connection, database: pathlib.Path) -> Tail | None:
     """What `database` has beyond `connection`; None if it cannot be read, or its history is another."""
-    if not database.exists():
+    if not _has_header(database):
         return None
     try:
-        with closing(_connect(database, "ro")) as old, storage_errors():
+        with closing(_connect(database, "ro")) as old, _errors(database):
             last = connection.execute(f"SELECT {COLUMNS} FROM transfers ORDER BY seq DESC LIMIT 1").fetchone()
             seq = 0 if last is None else last[0]
             if last != old.execute(f"SELECT {COLUMNS} FROM transfers WHERE seq = ?", (seq,)).fetchone():
@@ -210,15 +219,24 @@ def _lost(connection: Connection, database: pathlib.Path) -> Tail | None:
                 (seq,),
             ).fetchall()
             revoked = old.execute("SELECT id FROM api_keys WHERE revoked_at IS NOT NULL ORDER BY id").fetchall()
-    except (StorageError, sqlite3.DatabaseError):
+    except StorageError:
         return None
     known = {id for (id,) in connection.execute("SELECT id FROM api_keys WHERE revoked_at IS NULL")}
     return Tail(count, charged, tuple(id for (id,) in adjustments), tuple(id for (id,) in revoked if id in known))
 
 
+def _has_header(database: pathlib.Path) -> bool:
+    """Whether it is a file of SQLite. Of what is none any more, SQLite would remove the log that may yet be of use."""
+    try:
+        with open(database, "rb") as file:
+            return file.read(16) == b"SQLite format 3\0"
+    except FileNotFoundError:
+        return False
+
+
 def _require_unused(database: pathlib.Path) -> None:
     """Raises StorageError when a process has the database open. Puts its log into its one file."""
-    if not database.exists():
+    if not _has_header(database):
         return
     try:
         with closing(_connect(database)) as connection:

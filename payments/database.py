@@ -55,7 +55,7 @@ def open_database(path: str | os.PathLike[str], *, busy_timeout_s: float = 10.0)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from error
-    with storage_errors(f"{path}: "):
+    with _storage_errors(f"{path}: "):
         connection = sqlite3.connect(str(path), timeout=busy_timeout_s, isolation_level=None)
         try:
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -115,7 +115,7 @@ def immediate(connection: Connection) -> Iterator[None]:
     Commits at the end of the block; rolls back when it raises. Raises StorageError when the lock is not free in time,
     or the disk is full, read-only or damaged: then nothing was written, and the enclosing block has to end as well.
     """
-    with storage_errors():
+    with _storage_errors():
         if connection.in_transaction:
             begin, commit, rollback = "SAVEPOINT nested", "RELEASE nested", "ROLLBACK TO nested; RELEASE nested"
         else:
@@ -137,7 +137,7 @@ def snapshot(connection: Connection) -> Iterator[None]:
     if connection.in_transaction:
         yield
         return
-    with storage_errors():
+    with _storage_errors():
         connection.execute("BEGIN")
         try:
             yield
@@ -147,7 +147,7 @@ def snapshot(connection: Connection) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def storage_errors(where: str = "") -> Iterator[None]:
+def _storage_errors(where: str = "") -> Iterator[None]:
     """Turns what the disk and the lock do to us into StorageError. A broken constraint stays what it is."""
     try:
         yield
