@@ -283,6 +283,9 @@ def test_a_sweep_that_lands_and_fails_is_tried_again_one_by_one(build: Callable[
 
     with world.devnet.fault(frozen_meanwhile, "sendTransaction", times=1):
         world.run(world.sweeper.step())
+    world.devnet.advance(2)
+    world.run(world.sweeper.resolve())
+    assert world.statuses() == ["open"]  # a fork may still let it land and succeed
     world.settle()
     world.run(world.sweeper.resolve())
     assert (world.statuses(), world.alarms()) == (["failed"], {"frozen"})
