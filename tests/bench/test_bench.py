@@ -17,7 +17,9 @@ sys.path.insert(0, str(ROOT))
 from tests.bench import record  # noqa: E402
 
 
-@pytest.mark.parametrize("family, parities, claims", [("zimage", 4, 7), ("chronos", 5, 9), ("ledger", 3, 8), ("watcher", 3, 3)])
+@pytest.mark.parametrize(
+    "family, parities, claims", [("zimage", 4, 7), ("chronos", 5, 9), ("ledger", 3, 8), ("watcher", 3, 3)]
+)
 def test_every_benchmark_runs_and_checks_parity_first(family, parities, claims):
     command = [sys.executable, "-m", f"tests.bench.{family}", "all", "--quick", "--threads", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": ""})
