@@ -204,16 +204,17 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Runs a command; turns errors into those that the program's main function knows."""
     if sys.version_info < (3, 11):
-        raise ImportError(f"diffusionz wallet needs Python 3.11 or later; this is {sys.version.split()[0]}")
+        raise ImportError(f"the wallet needs Python 3.11 or later; this is {sys.version.split()[0]}")
     try:
-        from diffusionz.payments.errors import ConfigurationError, PaymentsError
+        from diffusionz.payments.errors import ConfigurationError, IdentifierError, PaymentsError
 
         return command(args)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
             raise
-        raise ImportError(f"diffusionz wallet needs more packages ({error.name} is missing): {EXTRA}") from error
-    except ConfigurationError as error:
+        raise ImportError(f"the wallet needs more packages ({package} is missing): {EXTRA}") from error
+    except (ConfigurationError, IdentifierError) as error:
         raise ArgumentError(str(error)) from error
     except PaymentsError as error:
         raise DiffusionzError(str(error)) from error
@@ -248,6 +249,7 @@ async def _fill(folder: Any, args: argparse.Namespace) -> dict[str, Any]:
     import json
 
     from solders.keypair import Keypair
+    from solders.pubkey import Pubkey
 
     from diffusionz.payments import addresses, settings
     from diffusionz.payments.chain import GENESIS_HASHES, Chain
@@ -261,7 +263,7 @@ async def _fill(folder: Any, args: argparse.Namespace) -> dict[str, Any]:
             raise ArgumentError(f"{network} needs --mint and --treasury")
         mint = args.mint or await _new_mint(url)
         treasury = args.treasury or str(Keypair().pubkey())
-        token = await chain.mint(addresses.parse_address(mint))
+        token = await chain.mint(Pubkey.from_string(_address(mint)))
         gas = Keypair()
 
         lines: dict[str, Any] = {
@@ -271,7 +273,7 @@ async def _fill(folder: Any, args: argparse.Namespace) -> dict[str, Any]:
             "mint": mint,
             "token_program": _program_name(str(token.program)),
             "token_decimals": token.decimals,
-            "treasury": str(addresses.parse_address(treasury)),
+            "treasury": _address(treasury),
             "seed_file": str(folder / "master.seed"),
             "gas_key_file": str(folder / "gas.json"),
             "pepper_file": str(folder / "pepper"),
@@ -328,14 +330,12 @@ def _devnet(args: argparse.Namespace) -> int:
 
 
 def _faucet(args: argparse.Namespace) -> int:
-    from diffusionz.payments.addresses import parse_address
-
     settings = _settings(args)
     if settings.network != "localnet":
         raise ArgumentError(f"the settings are of {settings.network}; there is a faucet on dev chains alone")
     if args.tokens is None and args.sol is None:
         raise ArgumentError("nothing to send: give --tokens, --sol or both")
-    address = str(parse_address(args.address))
+    address = _address(args.address)
     sent: dict[str, Any] = {"address": address}
     if args.sol is not None:
         lamports = _units(args.sol, 9, "--sol")
@@ -788,6 +788,17 @@ def _time(seconds: int | None) -> str:
 def _write_private(path: Any, text: str) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+
+
+def _address(text: str) -> str:
+    """Raises ArgumentError for what is no wallet's address."""
+    from diffusionz.payments.addresses import parse_address
+    from diffusionz.payments.errors import AddressError
+
+    try:
+        return str(parse_address(text))
+    except AddressError as error:
+        raise ArgumentError(str(error)) from None
 
 
 def _units(amount: Decimal, decimals: int, what: str) -> int:
