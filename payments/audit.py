@@ -139,7 +139,7 @@ def audit_records(ledger: Ledger) -> Report:
 async def audit(watcher: Watcher, *, thorough: bool = False) -> Report:
     """Records what is new on the chain first, as the watcher does, so that it makes no difference; then compares.
 
-    That is two requests for a hundred addresses. `thorough`: reads every history and every recorded transaction.
+    That is some six requests for a hundred addresses. `thorough`: reads every history and every recorded transaction.
     Raises ChainError when the cluster does not answer.
     """
     chain, deposits = watcher.chain, watcher.deposits
