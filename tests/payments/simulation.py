@@ -686,6 +686,8 @@ class Simulation:
             command = f"python -m tests.payments.simulation --seed {self.seed} --steps {steps}"
             if self.calm_every != CALM_EVERY:
                 command += f" --calm-every {self.calm_every}"
+            if self.labour is not None:
+                command += " --processes"
             error.add_note(f"seed {self.seed}, step {self.steps}: {command}")
             error.add_note("before it: " + "; ".join(self.log))
             raise
