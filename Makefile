@@ -1,7 +1,8 @@
 # Every target installs what it misses; a second run of it does only what changed.
 #
 #   make demo    installs, builds, draws out/demo.png and forecasts out/forecast.png with the bundled models
-#   make test    the same, then runs every test
+#   make demo-payments   installs, and walks through the credit ledger on a chain of its own
+#   make test    the same as demo, then runs every test
 #   make build   the library and the tests' programs in build/
 #   make clean   removes what the other targets made, .venv/ too
 
@@ -24,12 +25,15 @@ TEST_PACKAGES := golang-go valgrind
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake diffusionz py payments -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test build clean
+.PHONY: demo demo-payments test build clean
 
 demo: $(STAMPS)/package
 	mkdir -p out
 	$(BIN)/diffusionz generate "a red circle on a blue background" --seed 7 -o out/demo.png
 	$(BIN)/diffusionz forecast airline --horizon 24 -o out/forecast.csv --plot out/forecast.png
+
+demo-payments: $(STAMPS)/payments-package
+	$(BIN)/python examples/payments/demo.py
 
 test: $(STAMPS)/tests-package
 	$(BIN)/python -m pytest
@@ -46,6 +50,10 @@ clean:
 $(STAMPS)/package: $(SOURCES) $(STAMPS)/torch
 	$(BIN)/pip install --no-build-isolation -C build.tool-args=-j$(JOBS) .
 	touch $@
+
+$(STAMPS)/payments-package: $(SOURCES) $(STAMPS)/torch
+	$(BIN)/pip install --no-build-isolation -C build.tool-args=-j$(JOBS) ".[payments]"
+	touch $@ $(STAMPS)/package
 
 $(STAMPS)/tests-package: $(SOURCES) $(wildcard tests/*/*.c tests/*/*.cc) $(STAMPS)/torch
 	@$(call install_packages,$(TEST_PACKAGES))
