@@ -54,7 +54,7 @@ MIGRATIONS = [
             UNIQUE (network, version, position),
             CHECK ((account IS NULL) = (assigned_at IS NULL))
         ) STRICT;
-        CREATE INDEX free_addresses ON deposit_addresses (network, version, position) WHERE account IS NULL;
+        CREATE INDEX free_addresses ON deposit_addresses (network, version DESC, position) WHERE account IS NULL;
         CREATE INDEX open_addresses ON deposit_addresses (account) WHERE used_at IS NULL;
         CREATE TRIGGER deposit_addresses_are_kept BEFORE DELETE ON deposit_addresses
         BEGIN SELECT RAISE (ABORT, 'a deposit address is watched for ever'); END;

@@ -80,7 +80,8 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "diffusionz", "py", "payments", "CMakeLists.txt")
+    sources = ("diffusionz", "py", "payments", "CMakeLists.txt")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
