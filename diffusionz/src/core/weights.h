@@ -10,10 +10,18 @@
 
 namespace diffusionz {
 
+// How the large matrix products read their factors.
+enum class Products {
+    plain,  // in the placement's dtype
+    tf32,   // float32 rounded to ten bits of mantissa
+    fp8,    // float8_e4m3fn with a scale a row
+};
+
 // Where a model lives and in which precision it computes.
 struct Placement {
     at::Device device = at::kCPU;
     at::ScalarType dtype = at::kFloat;
+    Products products = Products::plain;
 };
 
 class Weights {
