@@ -1,0 +1,72 @@
+#include "core/cuda_graph.h"
+
+#include "core/error.h"
+
+#ifdef DIFFUSIONZ_WITH_CUDA
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace diffusionz {
+
+#ifdef DIFFUSIONZ_WITH_CUDA
+
+WorkStream::WorkStream(at::Device device) {
+    if (device.is_cuda()) stream_ = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index()).unwrap();
+}
+
+GraphPool::GraphPool() : id_(at::cuda::graph_pool_handle()) {}
+
+struct CudaGraph::Impl {
+    at::cuda::CUDAGraph graph;
+};
+
+void CudaGraph::capture(at::Device device, const std::function<void()>& work, const GraphPool* pool) {
+    impl_.reset();
+    const c10::cuda::CUDAGuard guard(device);
+    auto impl = std::make_unique<Impl>();
+    // Other threads' engines may allocate and launch meanwhile: only what this thread does is of the graph.
+    impl->graph.capture_begin(pool ? pool->id_ : c10::MempoolId_t{0, 0}, cudaStreamCaptureModeThreadLocal);
+    try {
+        work();
+    } catch (...) {
+        // The stream has to leave the capture before anything else can be sent to it; what went wrong is already known.
+        try {
+            impl->graph.capture_end();
+        } catch (const std::exception&) {
+        }
+        throw;
+    }
+    impl->graph.capture_end();
+    impl_ = std::move(impl);
+}
+
+void CudaGraph::replay() { impl_->graph.replay(); }
+
+#else
+
+WorkStream::WorkStream(at::Device) {}
+GraphPool::GraphPool() = default;
+struct CudaGraph::Impl {};
+void CudaGraph::capture(at::Device device, const std::function<void()>&, const GraphPool*) {
+    fail(DIFFUSIONZ_E_INTERNAL, "a CUDA graph was asked for on ", device.str(), " in a build without CUDA");
+}
+void CudaGraph::replay() {}
+
+#endif
+
+WorkStream::Scope::Scope(const WorkStream& stream) {
+    if (stream.stream_) guard_.emplace(*stream.stream_);
+}
+
+void WorkStream::synchronize() const {
+    if (stream_) stream_->synchronize();
+}
+
+CudaGraph::CudaGraph() = default;
+CudaGraph::~CudaGraph() = default;
+CudaGraph::CudaGraph(CudaGraph&&) noexcept = default;
+CudaGraph& CudaGraph::operator=(CudaGraph&&) noexcept = default;
+
+}  // namespace diffusionz

@@ -1,0 +1,67 @@
+// CUDA graphs, and the streams that they are recorded on. In a build without CUDA, and on the CPU, nothing here does anything.
+#pragma once
+
+#include <c10/core/Allocator.h>
+#include <c10/core/Device.h>
+#include <c10/core/Stream.h>
+#include <c10/core/StreamGuard.h>
+
+#include <functional>
+#include <memory>
+#include <optional>
+
+namespace diffusionz {
+
+// A stream of its own for one engine: graphs cannot be recorded on the default stream, and engines should not wait for each other.
+class WorkStream {
+public:
+    explicit WorkStream(at::Device device);
+
+    // Sends the work of this thread to the stream for its lifetime.
+    class Scope {
+    public:
+        explicit Scope(const WorkStream& stream);
+
+    private:
+        std::optional<c10::StreamGuard> guard_;
+    };
+
+    // Waits for what was sent so far.
+    void synchronize() const;
+
+private:
+    std::optional<c10::Stream> stream_;
+};
+
+// Device memory that graphs take their intermediate results from. Graphs of one pool must not run at the same time, and what one
+// leaves in the pool the next may overwrite: inputs and results live outside.
+class GraphPool {
+public:
+    GraphPool();
+
+private:
+    friend class CudaGraph;
+    c10::MempoolId_t id_{0, 0};
+};
+
+class CudaGraph {
+public:
+    CudaGraph();
+    ~CudaGraph();
+    CudaGraph(CudaGraph&&) noexcept;
+    CudaGraph& operator=(CudaGraph&&) noexcept;
+
+    // Records what `work` sends to the current stream of `device`, without running it. `work` must have run before, so that
+    // libraries have what they allocate at their first call, and must not wait for the device. Without a pool the graph has its
+    // own. What `work` throws comes through, and nothing is recorded.
+    void capture(at::Device device, const std::function<void()>& work, const GraphPool* pool = nullptr);
+    // Runs it on the current stream.
+    void replay();
+    bool captured() const { return impl_ != nullptr; }
+
+private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace diffusionz
