@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 
 #include "ops/disabled.h"
+#include "ops/quantize_rows.h"
 #include "ops/vector_math.h"
 
 namespace diffusionz {
@@ -41,5 +42,7 @@ at::Tensor silu_gate(const at::Tensor& x) {
     });
     return y;
 }
+
+Activation silu_gate(const at::Tensor& x, Form form) { return quantize_rows(silu_gate(x), form); }
 
 }  // namespace diffusionz
