@@ -1,14 +1,18 @@
 // CUDA graphs, and the streams that they are recorded on. In a build without CUDA, and on the CPU, nothing here does anything.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/Device.h>
 #include <c10/core/Stream.h>
 #include <c10/core/StreamGuard.h>
 
 #include <functional>
+#include <list>
 #include <memory>
 #include <optional>
+#include <string>
+#include <vector>
 
 namespace diffusionz {
 
@@ -62,6 +66,37 @@ public:
 private:
     struct Impl;
     std::unique_ptr<Impl> impl_;
+};
+
+// Functions of tensors that run as graphs from their second call on: the first one is also what readies the libraries.
+class GraphCache {
+public:
+    using Function = std::function<at::Tensor(const std::vector<at::Tensor>&)>;
+
+    // Without `enabled`, and on the CPU, every call runs as it is written.
+    GraphCache(at::Device device, bool enabled);
+
+    // work(inputs), by a graph where there is one for `key` and the inputs' shapes. `key` stands for the function and for all that
+    // it reads beside its inputs; `make` gives the function, and is only called where it is needed. Graphs keep the function, hold
+    // copies of the inputs, and compute the same bits as the function does. The result is the caller's.
+    at::Tensor run(const std::string& key, const std::vector<at::Tensor>& inputs, const std::function<Function()>& make);
+
+    // Forgets every graph, and gives their memory back.
+    void clear() { entries_.clear(); }
+
+private:
+    struct Entry {
+        std::string key;
+        Function work;
+        std::vector<at::Tensor> inputs;
+        at::Tensor output;
+        CudaGraph graph;
+    };
+
+    at::Device device_;
+    bool enabled_;
+    GraphPool pool_;
+    std::list<Entry> entries_;  // the last used first
 };
 
 }  // namespace diffusionz

@@ -423,9 +423,7 @@ Tokenizer::Merge Tokenizer::find_merge(int32_t left, int32_t right) const {
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, size_t max_tokens) const {
-    const size_t bad = utf8_error_offset(text);
-    if (bad != text.size())
-        fail(DIFFUSIONZ_E_ARGUMENT, "the text is not UTF-8: byte ", bad, " of ", text.size(), " begins no character");
+    check_utf8(text);
     // Positions in a word are 32 bits wide.
     if (text.size() > std::numeric_limits<int32_t>::max())
         fail(DIFFUSIONZ_E_ARGUMENT, "the text has ", text.size(), " bytes; at most 2147483647 are allowed");

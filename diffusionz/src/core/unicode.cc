@@ -5,9 +5,13 @@
 #include <algorithm>
 #include <vector>
 
-namespace diffusionz {
+#include "core/error.h"
 
-size_t utf8_error_offset(std::string_view text) {
+namespace diffusionz {
+namespace {
+
+// Offset of the first byte that is not well-formed; text.size() when all is.
+size_t error_offset(std::string_view text) {
     const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
     size_t offset = 0;
     while (offset < text.size()) {
@@ -22,6 +26,14 @@ size_t utf8_error_offset(std::string_view text) {
         offset += length;
     }
     return offset;
+}
+
+}  // namespace
+
+void check_utf8(std::string_view text) {
+    const size_t bad = error_offset(text);
+    if (bad != text.size())
+        fail(DIFFUSIONZ_E_ARGUMENT, "the text is not UTF-8: byte ", bad, " of ", text.size(), " begins no character");
 }
 
 std::string nfc(std::string_view text) {

@@ -1,14 +1,13 @@
 // What the tokenizer needs of Unicode.
 #pragma once
 
-#include <cstddef>
 #include <string>
 #include <string_view>
 
 namespace diffusionz {
 
-// Offset of the first byte that is not well-formed UTF-8; text.size() when all is.
-size_t utf8_error_offset(std::string_view text);
+// Fails with E_ARGUMENT, naming the byte, when `text` is not well-formed UTF-8.
+void check_utf8(std::string_view text);
 
 // Normalization form C of well-formed UTF-8.
 std::string nfc(std::string_view text);

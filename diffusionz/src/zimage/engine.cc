@@ -5,17 +5,21 @@
 #include <ATen/TensorOperators.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "core/device.h"
 #include "core/error.h"
+#include "core/unicode.h"
+#include "ops/disabled.h"
 
 namespace diffusionz {
 namespace {
 
-constexpr size_t kPromptTokensMax = 512;  // as the reference cuts
+constexpr size_t kPromptTokensMax = static_cast<size_t>(TextEncoder::kTokensMax);
 constexpr int32_t kStepsMax = 1000;
+constexpr size_t kFeaturesMax = 16;  // prompts whose features are kept: variations of one prompt encode it once
 
 // The number that a person wrote: 0.3f is 0.30000001, which would start image to image a step off.
 double decimal(float value) { return std::round(static_cast<double>(value) * 1e6) / 1e6; }
@@ -32,13 +36,28 @@ int32_t steps_skipped(const DiffusionZRequest& request) {
     return static_cast<int32_t>(std::max(steps - std::min(steps * decimal(request.strength), steps), 0.0));
 }
 
+// A copy on the host, when the stream has come to it.
+at::Tensor to_host(const at::Tensor& pixels, const WorkStream& stream) {
+    if (pixels.is_cpu()) return pixels;
+    const at::Tensor host = at::empty(pixels.sizes(), at::TensorOptions().dtype(pixels.scalar_type()).pinned_memory(true));
+    host.copy_(pixels, /*non_blocking=*/true);
+    stream.synchronize();
+    return host;
+}
+
 int32_t steps_of(const DiffusionZRequest& request) { return request.num_steps - steps_skipped(request); }
 
 }  // namespace
 
-Engine::Engine(const std::filesystem::path& path, Placement placement) {
-    const c10::InferenceMode inference;
-    model_ = Model::load(path, placement);
+Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs)
+    : model_([&] {
+          const c10::InferenceMode inference;
+          return Model::load(path, placement);
+      }()),
+      stream_(placement.device),
+      graphs_(placement.device, cuda_graphs && !kernel_disabled("graphs")),
+      sampler_(model_->transformer(), stream_, graphs_) {
+    synchronize(placement.device);  // the weights came on another stream
 }
 
 void Engine::check(const DiffusionZRequest& request) const {
@@ -83,14 +102,14 @@ void Engine::check(const DiffusionZRequest& request) const {
                  " MiB to decode; the host has ", free >> 20, " MiB free");
         }
     }
-    // Also finds text that is no UTF-8.
-    model_->tokenizer().encode(request.prompt, kPromptTokensMax);
-    if (request.negative_prompt) model_->tokenizer().encode(request.negative_prompt, kPromptTokensMax);
+    check_utf8(request.prompt);
+    if (request.negative_prompt) check_utf8(request.negative_prompt);
 }
 
 std::vector<Picture> Engine::generate(const std::vector<DiffusionZRequest>& requests, Task& task) {
     const CallQueue::Turn turn(queue_, &task);
     const c10::InferenceMode inference;
+    const WorkStream::Scope scope(stream_);
     int32_t steps = 0;
     for (const DiffusionZRequest& request : requests) steps += steps_of(request);
     task.set_step_count(steps);
@@ -105,23 +124,42 @@ std::vector<Picture> Engine::generate(const std::vector<DiffusionZRequest>& requ
 Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
     task.enter(DIFFUSIONZ_STAGE_TEXT);
     task.check();
-    const std::optional<LoraPairs> pairs = lora_pairs(request);
-    const LoraPairs* lora = pairs ? &*pairs : nullptr;
-    const at::Tensor positive = caption(request.prompt, lora);
-    const at::Tensor negative =
-        request.guidance_scale > 0 ? caption(request.negative_prompt ? request.negative_prompt : "", lora) : at::Tensor();
+    const Sampler::Lora lora = lora_of(request);
+    const Sampler::Guidance guidance{request.guidance_scale, request.cfg_normalization, decimal(request.cfg_truncation)};
+    Sampler::Captions captions{caption(request.prompt, lora.pairs), {}};
+    if (guidance.scale > 0) captions.negative = caption(request.negative_prompt ? request.negative_prompt : "", lora.pairs);
     std::vector<float> sigmas = sigmas_of(*model_, request);
     at::Tensor latents = start(request, sigmas);
     task.enter(DIFFUSIONZ_STAGE_DENOISE);
-    latents = denoise(request, std::move(latents), sigmas, positive, negative, lora, task);
+    std::vector<float> times;
+    for (size_t i = 0; i + 1 < sigmas.size(); ++i) times.push_back(time_of_sigma(model_->scheduler(), sigmas[i]));
+    latents = sampler_.run(std::move(latents), sigmas, times, captions, guidance, lora, task, latents_watcher_);
     task.enter(DIFFUSIONZ_STAGE_DECODE);
     task.check();
-    return {model_->vae().decode(latents).squeeze(0)};
+    const Vae& vae = model_->vae();
+    const at::Tensor pixels = graphs_.run("decode", {latents}, [&] {
+        return [&vae](const std::vector<at::Tensor>& inputs) { return vae.decode_on_device(inputs[0]); };
+    });
+    return {to_host(pixels, stream_).squeeze(0)};
 }
 
-at::Tensor Engine::caption(const char* prompt, const LoraPairs* lora) const {
-    const auto ids = model_->tokenizer().encode(chat_form(prompt), kPromptTokensMax);
-    return model_->transformer().refine_caption(model_->text_encoder().encode(ids), lora);
+at::Tensor Engine::caption(const char* prompt, const LoraPairs* lora) {
+    return model_->transformer().refine_caption(features(model_->tokenizer().encode(chat_form(prompt), kPromptTokensMax)), lora);
+}
+
+at::Tensor Engine::features(const std::vector<int32_t>& ids) {
+    const auto known = std::find_if(features_.begin(), features_.end(), [&](const auto& entry) { return entry.first == ids; });
+    if (known != features_.end()) {
+        features_.splice(features_.begin(), features_, known);
+        return known->second;
+    }
+    const TextEncoder& encoder = model_->text_encoder();
+    const at::Tensor padded = graphs_.run("text", {encoder.embed(ids).to(model_->placement().device)}, [&] {
+        return [&encoder](const std::vector<at::Tensor>& inputs) { return encoder.forward(inputs[0]); };
+    });
+    if (features_.size() == kFeaturesMax) features_.pop_back();
+    features_.emplace_front(ids, padded.narrow(0, 0, static_cast<int64_t>(ids.size())).clone());
+    return features_.front().second;
 }
 
 at::Tensor Engine::start(const DiffusionZRequest& request, std::vector<float>& sigmas) const {
@@ -142,65 +180,32 @@ at::Tensor Engine::start(const DiffusionZRequest& request, std::vector<float>& s
     return noise * sigmas.front() + image * (1.0f - sigmas.front());
 }
 
-at::Tensor Engine::denoise(const DiffusionZRequest& request, at::Tensor latents, const std::vector<float>& sigmas,
-                           const at::Tensor& positive, const at::Tensor& negative, const LoraPairs* lora, Task& task) const {
-    const Transformer& transformer = model_->transformer();
-    const auto positions = [&](const at::Tensor& caption) {
-        return transformer.positions(latents.size(2), latents.size(3), caption.size(1));
-    };
-    const Transformer::Positions positive_positions = positions(positive);
-    const bool guided = negative.defined();
-    const bool one_call = guided && negative.size(1) == positive.size(1);
-    const at::Tensor both = one_call ? at::cat({positive, negative}) : at::Tensor();
-    const Transformer::Positions negative_positions = guided && !one_call ? positions(negative) : positive_positions;
-
-    if (latents_watcher_) latents_watcher_(latents);
-    for (size_t step = 0; step + 1 < sigmas.size(); ++step) {
-        task.check();
-        const float time = time_of_sigma(model_->scheduler(), sigmas[step]);
-        at::Tensor prediction;
-        if (guided && !(static_cast<double>(time) > decimal(request.cfg_truncation))) {
-            at::Tensor with, without;
-            if (one_call) {
-                const at::Tensor out = transformer.forward(latents.expand({2, -1, -1, -1}), time, both, positive_positions, lora);
-                with = out.narrow(0, 0, 1), without = out.narrow(0, 1, 1);
-            } else {
-                with = transformer.forward(latents, time, positive, positive_positions, lora);
-                without = transformer.forward(latents, time, negative, negative_positions, lora);
-            }
-            prediction = with + (with - without) * request.guidance_scale;
-            if (request.cfg_normalization > 0) {
-                const at::Tensor norm_max = at::linalg_vector_norm(with) * request.cfg_normalization,
-                                 norm = at::linalg_vector_norm(prediction);
-                prediction = prediction * at::where(norm > norm_max, norm_max / norm, at::ones_like(norm));
-            }
-        } else {
-            prediction = transformer.forward(latents, time, positive, positive_positions, lora);
-        }
-        // The model predicts the way from noise to image; an Euler step walks it by the fall of sigma.
-        latents = latents - prediction * (sigmas[step + 1] - sigmas[step]);
-        task.add_steps(1);
-        if (latents_watcher_) latents_watcher_(latents);
-    }
-    return latents;
-}
-
 std::shared_ptr<const LoraAdapter> Engine::read_lora(const std::filesystem::path& path) const {
     return std::make_shared<const LoraAdapter>(path, model_->transformer(), model_->placement());
 }
 
-std::optional<LoraPairs> Engine::lora_pairs(const DiffusionZRequest& request) {
-    LoraPairs pairs;
-    for (const LoadedLora& lora : loras_) lora.adapter->add_to(pairs, lora.weight);
+Sampler::Lora Engine::lora_of(const DiffusionZRequest& request) {
+    std::vector<LoadedLora> active = loras_;
     if (request.lora_path) {
         const bool same = call_lora_ && call_lora_->path() == request.lora_path && call_lora_->is_current();
         if (!same) call_lora_ = read_lora(request.lora_path);
-        call_lora_->add_to(pairs, request.lora_weight);
+        active.push_back({call_lora_, request.lora_weight});
     } else {
         call_lora_.reset();
     }
-    if (pairs.empty()) return std::nullopt;
-    return pairs;
+    pairs_.clear();
+    if (active.empty()) return {};
+    for (const LoadedLora& lora : active) lora.adapter->add_to(pairs_, lora.weight);
+    if (model_->placement().device.is_cpu()) return {&pairs_, ""};
+    // Recorded steps read the bank's buffers: an adapter of the same shape only changes what is in them.
+    if (!lora_bank_ || !lora_bank_->fits(pairs_)) {
+        lora_bank_.emplace(pairs_);
+        ++lora_bank_number_;
+    } else if (active != active_loras_) {
+        lora_bank_->load(pairs_);
+    }
+    active_loras_ = std::move(active);
+    return {&lora_bank_->pairs(), concat("lora ", lora_bank_number_)};
 }
 
 void Engine::load_lora(const std::filesystem::path& path, double weight) {
@@ -208,6 +213,7 @@ void Engine::load_lora(const std::filesystem::path& path, double weight) {
         fail(DIFFUSIONZ_E_ARGUMENT, "weight is ", weight, "; it must be from -1000 to 1000");
     const CallQueue::Turn turn(queue_);
     const c10::InferenceMode inference;
+    const WorkStream::Scope scope(stream_);
     for (LoadedLora& lora : loras_) {
         if (lora.adapter->path() == path) {
             if (!lora.adapter->is_current()) lora.adapter = read_lora(path);
@@ -222,6 +228,9 @@ void Engine::unload_lora() {
     const CallQueue::Turn turn(queue_);
     loras_.clear();
     call_lora_.reset();
+    pairs_.clear();
+    active_loras_.clear();
+    lora_bank_.reset();
 }
 
 int64_t Engine::lora_bytes() {

@@ -2,14 +2,17 @@
 #pragma once
 
 #include <functional>
+#include <list>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "core/call_queue.h"
+#include "core/cuda_graph.h"
 #include "zimage/lora.h"
 #include "zimage/model.h"
+#include "zimage/sampler.h"
 
 namespace diffusionz {
 
@@ -20,7 +23,8 @@ struct Picture {
 
 class Engine {
 public:
-    Engine(const std::filesystem::path& path, Placement placement);
+    // `cuda_graphs` lets it record what it repeats.
+    Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs = true);
 
     // Draws every request, in order, after the calls before this one. Requests have passed check(). Fails with E_ARGUMENT,
     // E_LORA, E_CANCELLED.
@@ -50,22 +54,33 @@ private:
     struct LoadedLora {
         std::shared_ptr<const LoraAdapter> adapter;
         double weight;
+        bool operator==(const LoadedLora&) const = default;
     };
 
     Picture draw(const DiffusionZRequest& request, Task& task);
-    at::Tensor caption(const char* prompt, const LoraPairs* lora) const;
+    at::Tensor caption(const char* prompt, const LoraPairs* lora);
+    // The text encoder's features of a prompt [tokens, hidden_size].
+    at::Tensor features(const std::vector<int32_t>& ids);
     // Noise, or the request's image with noise, and the sigmas left to run.
     at::Tensor start(const DiffusionZRequest& request, std::vector<float>& sigmas) const;
-    at::Tensor denoise(const DiffusionZRequest& request, at::Tensor latents, const std::vector<float>& sigmas,
-                       const at::Tensor& positive, const at::Tensor& negative, const LoraPairs* lora, Task& task) const;
-    std::optional<LoraPairs> lora_pairs(const DiffusionZRequest& request);
+    // The adapters of a request, valid until the next call of it.
+    Sampler::Lora lora_of(const DiffusionZRequest& request);
     std::shared_ptr<const LoraAdapter> read_lora(const std::filesystem::path& path) const;
 
     std::shared_ptr<const Model> model_;
     CallQueue queue_;
+    WorkStream stream_;
+    GraphCache graphs_;
+    Sampler sampler_;
     std::function<void(const at::Tensor&)> latents_watcher_;
+    std::list<std::pair<std::vector<int32_t>, at::Tensor>> features_;  // of the last prompts, the last used first
+
     std::vector<LoadedLora> loras_;
     std::shared_ptr<const LoraAdapter> call_lora_;  // the last one that a call brought: a series of calls reads its file once
+    LoraPairs pairs_;                               // of the running request
+    std::vector<LoadedLora> active_loras_;          // whose corrections lora_bank_ holds
+    std::optional<LoraBank> lora_bank_;             // on devices that record steps
+    int64_t lora_bank_number_ = 0;
 };
 
 }  // namespace diffusionz

@@ -1,6 +1,7 @@
 #include "zimage/lora.h"
 
 #include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 
 #include <map>
 #include <memory>
@@ -136,6 +137,96 @@ void LoraAdapter::add_to(LoraPairs& pairs, double weight) const {
         LoraPair weighted = pair;
         weighted.scale *= weight;
         pairs[linear].push_back(std::move(weighted));
+    }
+}
+
+namespace {
+
+constexpr int64_t kSmallestBucket = 16;
+
+int64_t bucket_of(int64_t rank) {
+    int64_t bucket = kSmallestBucket;
+    while (bucket < rank) bucket *= 2;
+    return bucket;
+}
+
+// The pairs of one layer that share a buffer. One product in place of several, unless `up` would then be larger than the layer's
+// own weight: the blocks of a product of many layers (adaLN) stay apart.
+std::vector<std::vector<const LoraPair*>> shared_buffers(const Linear& linear, const std::vector<LoraPair>& pairs) {
+    int64_t rank = 0;
+    for (const LoraPair& pair : pairs) rank += pair.down.size(0);
+    const bool together = bucket_of(rank) <= linear.in_features();
+    std::vector<std::vector<const LoraPair*>> buffers;
+    for (const LoraPair& pair : pairs) {
+        if (buffers.empty() || !together) buffers.emplace_back();
+        buffers.back().push_back(&pair);
+    }
+    return buffers;
+}
+
+// The buffers of one layer, empty.
+std::vector<LoraPair> make_buffers(const Linear& linear, const std::vector<LoraPair>& pairs) {
+    std::vector<LoraPair> buffers;
+    for (const auto& members : shared_buffers(linear, pairs)) {
+        int64_t rank = 0, begin = members[0]->row_begin, end = begin;
+        for (const LoraPair* pair : members) {
+            rank += pair->down.size(0);
+            begin = std::min(begin, pair->row_begin);
+            end = std::max(end, pair->row_begin + pair->up.size(0));
+        }
+        const auto options = pairs[0].down.options();
+        buffers.push_back({at::zeros({bucket_of(rank), linear.in_features()}, options),
+                           at::zeros({end - begin, bucket_of(rank)}, options), begin, 1.0});
+    }
+    return buffers;
+}
+
+}  // namespace
+
+LoraBank::LoraBank(const LoraPairs& pairs) {
+    for (const auto& [linear, own] : pairs) buffers_[linear] = make_buffers(*linear, own);
+    load(pairs);
+}
+
+bool LoraBank::fits(const LoraPairs& pairs) const {
+    if (pairs.size() != buffers_.size()) return false;
+    for (const auto& [linear, own] : pairs) {
+        const auto found = buffers_.find(linear);
+        if (found == buffers_.end()) return false;
+        const auto shared = shared_buffers(*linear, own);
+        if (shared.size() != found->second.size()) return false;
+        for (size_t i = 0; i < shared.size(); ++i) {
+            const LoraPair& buffer = found->second[i];
+            int64_t rank = 0;
+            bool inside = true;
+            for (const LoraPair* pair : shared[i]) {
+                rank += pair->down.size(0);
+                inside = inside && pair->row_begin >= buffer.row_begin &&
+                         pair->row_begin + pair->up.size(0) <= buffer.row_begin + buffer.up.size(0);
+            }
+            if (!inside || bucket_of(rank) != buffer.down.size(0)) return false;
+        }
+    }
+    return true;
+}
+
+void LoraBank::load(const LoraPairs& pairs) {
+    for (const auto& [linear, own] : pairs) {
+        const auto shared = shared_buffers(*linear, own);
+        for (size_t i = 0; i < shared.size(); ++i) {
+            LoraPair& buffer = buffers_.at(linear)[i];
+            buffer.down.zero_();
+            buffer.up.zero_();
+            int64_t rank = 0;
+            for (const LoraPair* pair : shared[i]) {
+                const int64_t own_rank = pair->down.size(0);
+                buffer.down.narrow(0, rank, own_rank).copy_(pair->down);
+                buffer.up.narrow(0, pair->row_begin - buffer.row_begin, pair->up.size(0))
+                    .narrow(1, rank, own_rank)
+                    .copy_(pair->up * pair->scale);
+                rank += own_rank;
+            }
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <filesystem>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "ops/linear.h"
@@ -27,6 +29,23 @@ private:
     std::filesystem::file_time_type written_;
     std::vector<std::pair<const Linear*, LoraPair>> pairs_;
     size_t nbytes_ = 0;
+};
+
+// Corrections in buffers that stay where they are, for recorded steps that read whichever adapters were loaded last. All that
+// corrects one layer becomes one pair, scales multiplied into `up`, and its rank is rounded up to a bucket with zeros.
+class LoraBank {
+public:
+    // Buffers for corrections of the shape of `pairs`, filled with them.
+    explicit LoraBank(const LoraPairs& pairs);
+
+    // Whether `pairs` would have the same buffers.
+    bool fits(const LoraPairs& pairs) const;
+    // Fills the buffers with pairs that fit.
+    void load(const LoraPairs& pairs);
+    const LoraPairs& pairs() const { return buffers_; }
+
+private:
+    LoraPairs buffers_;
 };
 
 }  // namespace diffusionz

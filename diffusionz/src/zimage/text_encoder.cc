@@ -5,9 +5,9 @@
 
 #include "core/error.h"
 #include "ops/attention.h"
-#include "ops/rms_norm.h"
-#include "ops/rope.h"
-#include "ops/silu_gate.h"
+#include "ops/gated_linear.h"
+#include "ops/modulated_norm.h"
+#include "ops/qk_norm_rope.h"
 
 namespace diffusionz {
 
@@ -88,9 +88,13 @@ TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights
         });
         weights.checkpoint().release_pages();
     }
+    const auto f32 = at::TensorOptions().dtype(at::kFloat);
+    const at::Tensor inverse_frequencies = at::reciprocal(at::pow(config.rope_theta, at::arange(0, d, 2, f32) / d));
+    const at::Tensor angles = at::outer(at::arange(kTokensMax, f32), inverse_frequencies);
+    rope_ = at::complex(angles.cos(), angles.sin()).to(placement_.device);
 }
 
-at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
+at::Tensor TextEncoder::embed(const std::vector<int32_t>& ids) const {
     for (const int32_t id : ids) {
         if (id < 0 || id >= config_.vocab_size) {
             fail(DIFFUSIONZ_E_MODEL, "the tokenizer gives id ", id, ", the text encoder has ", config_.vocab_size,
@@ -98,28 +102,38 @@ at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
         }
     }
     const auto tokens = static_cast<int64_t>(ids.size());
+    const at::Tensor rows = embedding_.index_select(0, at::tensor(ids, at::kInt)).to(placement_.dtype);
+    if (placement_.device.is_cpu()) return rows;
+    const int64_t padded = (tokens + kTokensMultiple - 1) / kTokensMultiple * kTokensMultiple;
+    return at::constant_pad_nd(rows, {0, 0, 0, padded - tokens});
+}
+
+at::Tensor TextEncoder::forward(const at::Tensor& embedded) const {
     const int64_t d = config_.head_dim, heads = config_.num_heads, kv_heads = config_.num_kv_heads;
-    const at::Tensor index = at::tensor(ids, at::kInt);
-    at::Tensor x =
-        embedding_.index_select(0, index).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype)).unsqueeze(0);
-
-    const auto f32 = at::TensorOptions().dtype(at::kFloat);
-    const at::Tensor inverse_frequencies = at::reciprocal(at::pow(config_.rope_theta, at::arange(0, d, 2, f32) / d));
-    const at::Tensor angles = at::outer(at::arange(tokens, f32), inverse_frequencies);
-    const at::Tensor both = at::cat({angles, angles}, -1);
-    const at::Tensor cos = both.cos().to(x.options()), sin = both.sin().to(x.options());
-
-    for (const Layer& layer : layers_) {
-        const auto qkv = layer.qkv(rms_norm(x, layer.input_norm, config_.rms_norm_eps))
-                             .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
-        const at::Tensor q =
-            rope_halves(rms_norm(qkv[0].unflatten(-1, {heads, d}), layer.q_norm, config_.rms_norm_eps), cos, sin);
-        const at::Tensor k =
-            rope_halves(rms_norm(qkv[1].unflatten(-1, {kv_heads, d}), layer.k_norm, config_.rms_norm_eps), cos, sin);
-        x = x + layer.out(attention(q, k, qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/true));
-        x = x + layer.down(silu_gate(layer.gate_up(rms_norm(x, layer.post_attention_norm, config_.rms_norm_eps))));
+    const double eps = config_.rms_norm_eps;
+    const at::Tensor rope = rope_.narrow(0, 0, embedded.size(0));
+    if (layers_.empty()) return embedded;
+    at::Tensor x = embedded.unsqueeze(0);
+    Activation normed = modulated_norm(x, layers_.front().input_norm, eps, {});
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const Layer& layer = layers_[i];
+        const auto qkv =
+            qk_norm_rope(layer.qkv(normed), layer.q_norm, layer.k_norm, eps, rope, heads, kv_heads, RopePairs::halves)
+                .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
+        const at::Tensor attended = attention(qkv[0].unflatten(-1, {heads, d}), qkv[1].unflatten(-1, {kv_heads, d}),
+                                              qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/true);
+        Residual residual = gated_residual(x, layer.out(attended), {}, eps, {}, layer.post_attention_norm, {});
+        const Activation gated = gated_linear(layer.gate_up, residual.normed, nullptr, Form::plain);
+        const at::Tensor next_norm = i + 1 < layers_.size() ? layers_[i + 1].input_norm : at::Tensor();
+        residual = gated_residual(residual.sum, layer.down(gated), {}, eps, {}, next_norm, {});
+        x = residual.sum;
+        normed = residual.normed;
     }
     return x.squeeze(0);
+}
+
+at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
+    return forward(embed(ids).to(placement_.device)).narrow(0, 0, static_cast<int64_t>(ids.size()));
 }
 
 size_t TextEncoder::nbytes() const {

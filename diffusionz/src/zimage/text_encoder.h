@@ -31,10 +31,17 @@ struct TextEncoderConfig {
 
 class TextEncoder {
 public:
+    static constexpr int64_t kTokensMax = 512;      // as the reference cuts a prompt
+    static constexpr int64_t kTokensMultiple = 32;  // on CUDA a prompt is padded to it, so that few graphs serve all lengths
+
     TextEncoder(const TextEncoderConfig& config, const Weights& weights);
 
-    // Features [tokens, hidden_size] of `ids`, on the model's device.
+    // Features [tokens, hidden_size] of at most kTokensMax `ids`, on the model's device.
     at::Tensor encode(const std::vector<int32_t>& ids) const;
+    // The two halves of encode(): the embeddings [padded tokens, hidden_size] on the host, in the model's precision, zeros as
+    // padding (attention is causal, so what stands right of a token does not change it); and the layers, on the device.
+    at::Tensor embed(const std::vector<int32_t>& ids) const;
+    at::Tensor forward(const at::Tensor& embedded) const;
 
     const TextEncoderConfig& config() const { return config_; }
     size_t nbytes() const;
@@ -49,6 +56,7 @@ private:
     Placement placement_;
     at::Tensor embedding_;       // [vocab, hidden], on the host as stored: only a prompt's rows are ever needed on the device
     std::vector<Layer> layers_;  // all but the last, whose output Z-Image does not use
+    at::Tensor rope_;            // [kTokensMax, head_dim / 2] complex64
 };
 
 }  // namespace diffusionz

@@ -8,9 +8,11 @@
 
 #include "core/error.h"
 #include "ops/attention.h"
+#include "ops/gated_linear.h"
+#include "ops/modulated_norm.h"
+#include "ops/patchify.h"
+#include "ops/qk_norm_rope.h"
 #include "ops/rms_norm.h"
-#include "ops/rope.h"
-#include "ops/silu_gate.h"
 
 namespace diffusionz {
 namespace {
@@ -18,6 +20,7 @@ namespace {
 constexpr int64_t kAdalnDim = 256;         // or dim where that is smaller
 constexpr int64_t kTimeFrequencies = 256;  // sinusoid's width
 constexpr double kTimeMaxPeriod = 10000;
+constexpr double kFinalNormEps = 1e-6;
 
 int64_t padding_of(int64_t tokens) {
     return (Transformer::kTokensMultiple - tokens % Transformer::kTokensMultiple) % Transformer::kTokensMultiple;
@@ -94,16 +97,26 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
     image_pad_ = weights.get("x_pad_token", {1, dim});
     caption_pad_ = weights.get("cap_pad_token", {1, dim});
 
-    const auto load = [&](std::vector<Block>& blocks, const char* name, int64_t count, bool modulated) {
+    std::vector<at::Tensor> modulation_weights, modulation_biases;
+    // The refiners and what is computed once a call stay in full precision: they are 2 of 32 blocks and the ones that outliers pass
+    // first.
+    const auto load = [&](std::vector<Block>& blocks, const char* name, int64_t count, bool modulated, Products products) {
         for (int64_t i = 0; i < count; ++i) {
-            blocks.push_back(load_block(weights.below(concat(name, '.', i, '.')), modulated));
+            const Weights block_weights = weights.below(concat(name, '.', i, '.'));
+            blocks.push_back(load_block(block_weights, products));
+            if (modulated) {
+                blocks.back().modulation = static_cast<int64_t>(modulation_weights.size());
+                modulation_weights.push_back(block_weights.get("adaLN_modulation.0.weight", {4 * dim, adaln}));
+                modulation_biases.push_back(block_weights.get("adaLN_modulation.0.bias", {4 * dim}));
+            }
             weights.checkpoint().release_pages();
         }
         for (int64_t i = 0; i < count; ++i) add_lora_targets(concat(name, '.', i), blocks[static_cast<size_t>(i)]);
     };
-    load(noise_refiner_, "noise_refiner", config.num_refiner_layers, true);
-    load(context_refiner_, "context_refiner", config.num_refiner_layers, false);
-    load(layers_, "layers", config.num_layers, true);
+    load(noise_refiner_, "noise_refiner", config.num_refiner_layers, true, Products::plain);
+    load(context_refiner_, "context_refiner", config.num_refiner_layers, false, Products::plain);
+    load(layers_, "layers", config.num_layers, true, placement_.products);
+    if (!modulation_weights.empty()) modulation_ = Linear(at::cat(modulation_weights), at::cat(modulation_biases));
 
     const auto target = [&](const std::string& name, const Linear& layer) {
         lora_targets_.push_back({name, {&layer, 0, layer.out_features()}});
@@ -128,20 +141,20 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
     }
 }
 
-Transformer::Block Transformer::load_block(const Weights& weights, bool modulated) const {
+Transformer::Block Transformer::load_block(const Weights& weights, Products products) const {
     const int64_t dim = config_.dim, ffn = config_.ffn_dim(), d = config_.head_dim(), kv = config_.num_kv_heads * d;
     // The mapped pages are let go as soon as their copy is there: the last layer's would stand on top of the whole model.
     const auto fused = [&](std::initializer_list<at::Tensor> parts) {
         const at::Tensor whole = at::cat(parts);
         weights.checkpoint().release_pages();
-        return Linear(whole);
+        return Linear(whole, {}, products);
     };
     Block block;
     block.qkv = fused({weights.get("attention.to_q.weight", {dim, dim}), weights.get("attention.to_k.weight", {kv, dim}),
                        weights.get("attention.to_v.weight", {kv, dim})});
-    block.out = Linear(weights.get("attention.to_out.0.weight", {dim, dim}));
+    block.out = Linear(weights.get("attention.to_out.0.weight", {dim, dim}), {}, products);
     block.w13 = fused({weights.get("feed_forward.w1.weight", {ffn, dim}), weights.get("feed_forward.w3.weight", {ffn, dim})});
-    block.w2 = Linear(weights.get("feed_forward.w2.weight", {dim, ffn}));
+    block.w2 = Linear(weights.get("feed_forward.w2.weight", {dim, ffn}), {}, products);
     block.attention_norm1 = weights.get("attention_norm1.weight", {dim});
     block.attention_norm2 = weights.get("attention_norm2.weight", {dim});
     block.ffn_norm1 = weights.get("ffn_norm1.weight", {dim});
@@ -149,12 +162,6 @@ Transformer::Block Transformer::load_block(const Weights& weights, bool modulate
     if (config_.qk_norm) {
         block.q_norm = weights.get("attention.norm_q.weight", {d});
         block.k_norm = weights.get("attention.norm_k.weight", {d});
-    }
-    block.modulated = modulated;
-    if (modulated) {
-        const int64_t adaln = std::min(dim, kAdalnDim);
-        block.modulation =
-            Linear(weights.get("adaLN_modulation.0.weight", {4 * dim, adaln}), weights.get("adaLN_modulation.0.bias", {4 * dim}));
     }
     return block;
 }
@@ -173,50 +180,81 @@ void Transformer::add_lora_targets(const std::string& name, const Block& block) 
     add("feed_forward.w1", block.w13, 0, ffn);
     add("feed_forward.w3", block.w13, ffn, ffn);
     add("feed_forward.w2", block.w2, 0, dim);
-    if (block.modulated) add("adaLN_modulation.0", block.modulation, 0, 4 * dim);
+    if (block.modulation >= 0) add("adaLN_modulation.0", modulation_, block.modulation * 4 * dim, 4 * dim);
 }
 
-at::Tensor Transformer::run_block(const Block& block, const at::Tensor& x, const at::Tensor& rope,
-                                  const at::Tensor& time_features, int64_t keep, const LoraPairs* lora) const {
+Transformer::Factors Transformer::factors_of(const Block& block, const Modulation* modulation) {
+    if (block.modulation < 0) return {};
+    const at::Tensor own = modulation->blocks.select(1, block.modulation);
+    return {own.narrow(1, 0, 1), own.narrow(1, 1, 1), own.narrow(1, 2, 1), own.narrow(1, 3, 1)};
+}
+
+Form Transformer::form_for(const Linear& linear, const LoraPairs* lora) {
+    if (!linear.quantized()) return Form::plain;
+    return lora ? Form::both : Form::fp8;
+}
+
+Transformer::Stream Transformer::enter(const Block& block, const at::Tensor& x, const Modulation* modulation,
+                                       const LoraPairs* lora) const {
+    return {x, modulated_norm(x, block.attention_norm1, config_.norm_eps, factors_of(block, modulation).scale_attention,
+                              form_for(block.qkv, lora))};
+}
+
+Transformer::Stream Transformer::run_block(const Block& block, const Block* next, const Stream& in, const at::Tensor& rope,
+                                           const Modulation* modulation, int64_t keep, const LoraPairs* lora) const {
     const int64_t d = config_.head_dim(), heads = config_.num_heads, kv_heads = config_.num_kv_heads;
-    at::Tensor scale_attention, gate_attention, scale_ffn, gate_ffn;
-    if (block.modulated) {
-        const auto parts = block.modulation(time_features, lora).unsqueeze(1).chunk(4, 2);
-        scale_attention = parts[0] + 1;
-        gate_attention = parts[1].tanh();
-        scale_ffn = parts[2] + 1;
-        gate_ffn = parts[3].tanh();
-    }
-    const auto modulated = [](at::Tensor value, const at::Tensor& factor) {
-        return factor.defined() ? value.mul_(factor) : value;
-    };
-
-    const auto qkv = block.qkv(modulated(rms_norm(x, block.attention_norm1, config_.norm_eps), scale_attention), lora)
+    const Factors factors = factors_of(block, modulation);
+    constexpr double kQkNormEps = 1e-5;  // fixed in the reference, whatever norm_eps is
+    const auto qkv = qk_norm_rope(block.qkv(in.normed, lora), block.q_norm, block.k_norm, kQkNormEps, rope, heads, kv_heads,
+                                  RopePairs::interleaved)
                          .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
-    at::Tensor q = qkv[0].narrow(1, 0, keep).unflatten(-1, {heads, d}), k = qkv[1].unflatten(-1, {kv_heads, d});
-    if (block.q_norm.defined()) {
-        constexpr double kQkNormEps = 1e-5;  // fixed in the reference, whatever norm_eps is
-        q = rms_norm(q, block.q_norm, kQkNormEps);
-        k = rms_norm(k, block.k_norm, kQkNormEps);
-    }
-    const at::Tensor attended = attention(rope_interleaved(q, rope.narrow(0, 0, keep)), rope_interleaved(k, rope),
-                                          qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/false);
-    at::Tensor y = x.narrow(1, 0, keep) +
-                   modulated(rms_norm(block.out(attended, lora), block.attention_norm2, config_.norm_eps), gate_attention);
+    const at::Tensor attended =
+        attention(qkv[0].narrow(1, 0, keep).unflatten(-1, {heads, d}), qkv[1].unflatten(-1, {kv_heads, d}),
+                  qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/false);
+    Residual residual = gated_residual(in.x.narrow(1, 0, keep), block.out(attended, lora), block.attention_norm2, config_.norm_eps,
+                                       factors.gate_attention, block.ffn_norm1, factors.scale_ffn, form_for(block.w13, lora));
 
-    const at::Tensor gated = silu_gate(block.w13(modulated(rms_norm(y, block.ffn_norm1, config_.norm_eps), scale_ffn), lora));
-    const at::Tensor down = block.w2(gated, lora);
-    return y.add_(modulated(rms_norm(down, block.ffn_norm2, config_.norm_eps), gate_ffn));
+    const Activation gated = gated_linear(block.w13, residual.normed, lora, form_for(block.w2, lora));
+    const at::Tensor next_weight = next ? next->attention_norm1 : at::Tensor();
+    const at::Tensor next_scale = next ? factors_of(*next, modulation).scale_attention : at::Tensor();
+    residual = gated_residual(residual.sum, block.w2(gated, lora), block.ffn_norm2, config_.norm_eps, factors.gate_ffn, next_weight,
+                              next_scale, next ? form_for(next->qkv, lora) : Form::plain);
+    return {residual.sum, residual.normed};
 }
 
-at::Tensor Transformer::embed_time(float time, const LoraPairs* lora) const {
+at::Tensor Transformer::run_blocks(const std::vector<Block>& blocks, const at::Tensor& x, const at::Tensor& rope,
+                                   const Modulation* modulation, int64_t keep, const LoraPairs* lora) const {
+    if (blocks.empty()) return x.narrow(1, 0, keep);
+    Stream stream = enter(blocks[0], x, modulation, lora);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const bool last = i + 1 == blocks.size();
+        stream = run_block(blocks[i], last ? nullptr : &blocks[i + 1], stream, rope, modulation, last ? keep : x.size(1), lora);
+    }
+    return stream.x;
+}
+
+at::Tensor Transformer::embed_times(const std::vector<float>& times, const LoraPairs* lora) const {
     const auto f32 = at::TensorOptions().dtype(at::kFloat);
     constexpr int64_t half = kTimeFrequencies / 2;
     const at::Tensor frequencies = at::exp(at::arange(half, f32) * (-std::log(kTimeMaxPeriod)) / half);
-    const at::Tensor angles = (frequencies * (time * static_cast<float>(config_.t_scale))).unsqueeze(0);
+    const at::Tensor angles = at::outer(at::tensor(times, f32) * static_cast<float>(config_.t_scale), frequencies);
     const at::Tensor features =
         at::cat({angles.cos(), angles.sin()}, -1).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
     return time_mlp2_(at::silu(time_mlp0_(features, lora)), lora);
+}
+
+Transformer::Modulation Transformer::modulate(const std::vector<float>& times, const LoraPairs* lora) const {
+    const at::Tensor features = embed_times(times, lora);
+    const int64_t count = static_cast<int64_t>(times.size());
+    Modulation modulation;
+    modulation.blocks = at::empty({count, 0, 4, config_.dim}, features.options());
+    if (modulation_.out_features() > 0) {
+        modulation.blocks = modulation_(features, lora).view({count, -1, 4, config_.dim});
+        modulation.blocks.slice(2, 0, 4, 2).add_(1);
+        modulation.blocks.slice(2, 1, 4, 2).tanh_();
+    }
+    modulation.final_scale = final_modulation_(at::silu(features), lora).add_(1);
+    return modulation;
 }
 
 at::Tensor Transformer::refine_caption(const at::Tensor& features, const LoraPairs* lora) const {
@@ -227,8 +265,7 @@ at::Tensor Transformer::refine_caption(const at::Tensor& features, const LoraPai
     at::Tensor x = caption_embedder_(rms_norm(features, caption_norm_, config_.norm_eps), lora);
     x = at::cat({x, caption_pad_.expand({padded - tokens, config_.dim})}).unsqueeze(0);
     const at::Tensor rope = positions(kPatch, kPatch, padded).unified.narrow(0, kTokensMultiple, padded);
-    for (const Block& block : context_refiner_) x = run_block(block, x, rope, {}, padded, lora);
-    return x;
+    return run_blocks(context_refiner_, x, rope, nullptr, padded, lora);
 }
 
 Transformer::Positions Transformer::positions(int64_t latent_height, int64_t latent_width, int64_t caption_tokens) const {
@@ -249,42 +286,30 @@ Transformer::Positions Transformer::positions(int64_t latent_height, int64_t lat
     return {image.to(placement_.device), at::cat({image, caption}).to(placement_.device)};
 }
 
+at::Tensor Transformer::predict(const at::Tensor& latents, const Modulation& modulation, const at::Tensor& caption,
+                                const Positions& positions, const LoraPairs* lora) const {
+    const int64_t batch = latents.size(0), tokens = latents.size(2) / kPatch * (latents.size(3) / kPatch),
+                  padding = padding_of(tokens);
+    at::Tensor x = image_embedder_(patchify(latents, kPatch, placement_.dtype), lora);
+    if (padding) x = at::cat({x, image_pad_.expand({batch, padding, config_.dim})}, 1);
+    x = run_blocks(noise_refiner_, x, positions.image, &modulation, tokens + padding, lora);
+    // Only the image's tokens are read after the last layer.
+    x = run_blocks(layers_, at::cat({x, caption}, 1), positions.unified, &modulation, tokens, lora);
+    return final_linear_(modulated_layer_norm(x, kFinalNormEps, modulation.final_scale.unsqueeze(1)), lora);
+}
+
 at::Tensor Transformer::forward(const at::Tensor& latents, float time, const at::Tensor& caption, const Positions& positions,
                                 const LoraPairs* lora) const {
-    const int64_t batch = latents.size(0), channels = latents.size(1), rows = latents.size(2) / kPatch,
-                  columns = latents.size(3) / kPatch;
-    const int64_t tokens = rows * columns, padding = padding_of(tokens);
-    const at::Tensor time_features = embed_time(time, lora);
-
-    const at::Tensor patches = latents.to(placement_.dtype)
-                                   .reshape({batch, channels, rows, kPatch, columns, kPatch})
-                                   .permute({0, 2, 4, 3, 5, 1})
-                                   .reshape({batch, tokens, -1});
-    at::Tensor x = image_embedder_(patches, lora);
-    if (padding) x = at::cat({x, image_pad_.expand({batch, padding, config_.dim})}, 1);
-    for (const Block& block : noise_refiner_) x = run_block(block, x, positions.image, time_features, tokens + padding, lora);
-
-    x = at::cat({x, caption}, 1);
-    for (size_t i = 0; i < layers_.size(); ++i) {
-        // Only the image's tokens are read after the last layer.
-        const int64_t keep = i + 1 == layers_.size() ? tokens : x.size(1);
-        x = run_block(layers_[i], x, positions.unified, time_features, keep, lora);
-    }
-
-    const at::Tensor scale = final_modulation_(at::silu(time_features), lora).add_(1).unsqueeze(1);
-    const at::Tensor out = final_linear_(at::layer_norm(x, {config_.dim}, {}, {}, 1e-6) * scale, lora);
-    return out.to(at::kFloat)
-        .reshape({batch, rows, columns, kPatch, kPatch, channels})
-        .permute({0, 5, 1, 3, 2, 4})
-        .reshape(latents.sizes());
+    return unpatchify(predict(latents, modulate({time}, lora), caption, positions, lora), kPatch, latents.size(2) / kPatch,
+                      latents.size(3) / kPatch);
 }
 
 size_t Transformer::nbytes() const {
     size_t total = image_embedder_.nbytes() + caption_embedder_.nbytes() + time_mlp0_.nbytes() + time_mlp2_.nbytes() +
-                   final_linear_.nbytes() + final_modulation_.nbytes();
+                   final_linear_.nbytes() + final_modulation_.nbytes() + modulation_.nbytes();
     for (const auto* blocks : {&noise_refiner_, &context_refiner_, &layers_}) {
         for (const Block& block : *blocks)
-            total += block.qkv.nbytes() + block.out.nbytes() + block.w13.nbytes() + block.w2.nbytes() + block.modulation.nbytes();
+            total += block.qkv.nbytes() + block.out.nbytes() + block.w13.nbytes() + block.w2.nbytes();
     }
     return total;
 }

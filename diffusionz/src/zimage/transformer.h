@@ -10,6 +10,7 @@
 
 #include "core/json_file.h"
 #include "core/weights.h"
+#include "ops/activation.h"
 #include "ops/linear.h"
 
 namespace diffusionz {
@@ -55,8 +56,20 @@ public:
     };
     Positions positions(int64_t latent_height, int64_t latent_width, int64_t caption_tokens) const;
 
-    // The model's output, before the pipeline negates it: float32 [batch, channels, height, width] like `latents`.
-    // time = 1 - sigma; caption [batch, padded tokens, dim] from refine_caption.
+    // What a step's time sets in every block. It depends on the schedule alone, so once a call is enough.
+    struct Modulation {
+        at::Tensor blocks;       // [times, blocks, 4, dim]: 1 + scale and tanh(gate) of attention, then of the feed-forward network
+        at::Tensor final_scale;  // [times, dim]: 1 + scale
+        Modulation at(int64_t time) const { return {blocks.narrow(0, time, 1), final_scale.narrow(0, time, 1)}; }
+    };
+    // times: 1 - sigma of each step.
+    Modulation modulate(const std::vector<float>& times, const LoraPairs* lora) const;
+
+    // The model's output at one time, before the pipeline negates it, as tokens [batch, image tokens, patch * patch * channels].
+    // latents float32 [batch, channels, height, width]; caption [batch, padded tokens, dim] from refine_caption.
+    at::Tensor predict(const at::Tensor& latents, const Modulation& modulation, const at::Tensor& caption,
+                       const Positions& positions, const LoraPairs* lora) const;
+    // The same as a picture: float32 like `latents`.
     at::Tensor forward(const at::Tensor& latents, float time, const at::Tensor& caption, const Positions& positions,
                        const LoraPairs* lora) const;
 
@@ -75,21 +88,36 @@ public:
 private:
     struct Block {
         Linear qkv, out, w13, w2;
-        Linear modulation;  // empty in the context refiner
         at::Tensor attention_norm1, attention_norm2, ffn_norm1, ffn_norm2, q_norm, k_norm;
-        bool modulated = false;
+        int64_t modulation = -1;  // its place among the modulated blocks; none in the context refiner
+    };
+    // The numbers between two blocks: the residual stream, and what the next block's attention reads of it.
+    struct Stream {
+        at::Tensor x;  // [batch, tokens, dim]
+        Activation normed;
+    };
+    // What one block multiplies by; undefined without modulation. Each [1, 1, dim].
+    struct Factors {
+        at::Tensor scale_attention, gate_attention, scale_ffn, gate_ffn;
     };
 
-    Block load_block(const Weights& weights, bool modulated) const;
+    Block load_block(const Weights& weights, Products products) const;
     void add_lora_targets(const std::string& name, const Block& block);
-    // x [batch, tokens, dim]; `time_features` [1, adaln] or undefined; only the first `keep` tokens of the result are computed.
-    at::Tensor run_block(const Block& block, const at::Tensor& x, const at::Tensor& rope, const at::Tensor& time_features,
-                         int64_t keep, const LoraPairs* lora) const;
-    at::Tensor embed_time(float time, const LoraPairs* lora) const;
+    static Factors factors_of(const Block& block, const Modulation* modulation);
+    static Form form_for(const Linear& linear, const LoraPairs* lora);
+    Stream enter(const Block& block, const at::Tensor& x, const Modulation* modulation, const LoraPairs* lora) const;
+    // Only the first `keep` tokens of the result are computed. Its norm is `next`'s; without one it has none.
+    Stream run_block(const Block& block, const Block* next, const Stream& in, const at::Tensor& rope, const Modulation* modulation,
+                     int64_t keep, const LoraPairs* lora) const;
+    // Enters the first block and runs all of them; `keep` is the last one's.
+    at::Tensor run_blocks(const std::vector<Block>& blocks, const at::Tensor& x, const at::Tensor& rope,
+                          const Modulation* modulation, int64_t keep, const LoraPairs* lora) const;
+    at::Tensor embed_times(const std::vector<float>& times, const LoraPairs* lora) const;
 
     TransformerConfig config_;
     Placement placement_;
     Linear image_embedder_, caption_embedder_, time_mlp0_, time_mlp2_, final_linear_, final_modulation_;
+    Linear modulation_;  // of all modulated blocks: one product a call
     at::Tensor caption_norm_, image_pad_, caption_pad_;
     std::vector<Block> noise_refiner_, context_refiner_, layers_;
     std::vector<at::Tensor> axis_tables_;  // an axis each: [positions, axis_dim / 2] complex64

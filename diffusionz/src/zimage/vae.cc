@@ -195,7 +195,7 @@ int64_t Vae::decode_nbytes(int64_t height, int64_t width) const {
     return kTensorsAtOnce * height * width * widest * static_cast<int64_t>(c10::elementSize(placement_.dtype));
 }
 
-at::Tensor Vae::decode(const at::Tensor& latents) const {
+at::Tensor Vae::decode_on_device(const at::Tensor& latents) const {
     const at::Tensor image = decode_raw(latents.to(placement_.dtype) / config_.scaling_factor + config_.shift_factor);
     return image.mul(0.5)
         .add_(0.5)
@@ -205,7 +205,6 @@ at::Tensor Vae::decode(const at::Tensor& latents) const {
         .round_()
         .permute({0, 2, 3, 1})
         .to(at::kByte)
-        .to(at::kCPU)
         .contiguous();
 }
 

@@ -38,8 +38,8 @@ class Vae {
 public:
     Vae(const VaeConfig& config, const Weights& weights);
 
-    // latents [batch, channels, h, w] as the transformer sees them (scaled) to pixels uint8 [batch, 8h, 8w, 3] on the host.
-    at::Tensor decode(const at::Tensor& latents) const;
+    // latents [batch, channels, h, w] as the transformer sees them (scaled) to pixels uint8 [batch, 8h, 8w, 3] on the device.
+    at::Tensor decode_on_device(const at::Tensor& latents) const;
     // Bytes that decoding a picture of height x width pixels needs at once, about: the activations of its last and largest stage.
     int64_t decode_nbytes(int64_t height, int64_t width) const;
     // The decoder alone: unscaled latents to [batch, 3, 8h, 8w] in [-1, 1], unclamped.
