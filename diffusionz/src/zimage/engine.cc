@@ -45,11 +45,9 @@ at::Tensor to_host(const at::Tensor& pixels, const WorkStream& stream) {
     return host;
 }
 
-int32_t steps_of(const DiffusionZRequest& request) { return request.num_steps - steps_skipped(request); }
-
 }  // namespace
 
-Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs)
+Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs, int64_t /*max_vram_bytes*/)
     : model_([&] {
           const c10::InferenceMode inference;
           return Model::load(path, placement);
@@ -106,10 +104,14 @@ void Engine::check(const DiffusionZRequest& request) const {
     if (request.negative_prompt) check_utf8(request.negative_prompt);
 }
 
+int32_t Engine::steps_of(const DiffusionZRequest& request) { return request.num_steps - steps_skipped(request); }
+
+void Engine::forget_graphs() {
+    const CallQueue::Turn turn(queue_);
+    graphs_.clear();
+}
+
 std::vector<Picture> Engine::generate(const std::vector<DiffusionZRequest>& requests, Task& task) {
-    const CallQueue::Turn turn(queue_, &task);
-    const c10::InferenceMode inference;
-    const WorkStream::Scope scope(stream_);
     int32_t steps = 0;
     for (const DiffusionZRequest& request : requests) steps += steps_of(request);
     task.set_step_count(steps);
@@ -122,6 +124,9 @@ std::vector<Picture> Engine::generate(const std::vector<DiffusionZRequest>& requ
 }
 
 Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
+    const CallQueue::Turn turn(queue_, &task);
+    const c10::InferenceMode inference;
+    const WorkStream::Scope scope(stream_);
     task.enter(DIFFUSIONZ_STAGE_TEXT);
     task.check();
     const Sampler::Lora lora = lora_of(request);

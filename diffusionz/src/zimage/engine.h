@@ -23,14 +23,21 @@ struct Picture {
 
 class Engine {
 public:
-    // `cuda_graphs` lets it record what it repeats.
-    Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs = true);
+    // `cuda_graphs` lets it record what it repeats. `max_vram_bytes` bounds what the model holds on its device; 0 does not.
+    Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs = true, int64_t max_vram_bytes = 0);
 
     // Draws every request, in order, after the calls before this one. Requests have passed check(). Fails with E_ARGUMENT,
     // E_LORA, E_CANCELLED.
     std::vector<Picture> generate(const std::vector<DiffusionZRequest>& requests, Task& task);
+    // The same of one request; steps are counted in `task`, pictures are not.
+    Picture draw(const DiffusionZRequest& request, Task& task);
+    // Transformer evaluations that a request takes.
+    static int32_t steps_of(const DiffusionZRequest& request);
     // Fails with E_ARGUMENT when the model cannot draw it.
     void check(const DiffusionZRequest& request) const;
+
+    // Gives back the memory of what it recorded; later calls record again.
+    void forget_graphs();
 
     // Waits for the calls that run or queue.
     void drain() { const CallQueue::Turn turn(queue_); }
@@ -57,7 +64,6 @@ private:
         bool operator==(const LoadedLora&) const = default;
     };
 
-    Picture draw(const DiffusionZRequest& request, Task& task);
     at::Tensor caption(const char* prompt, const LoraPairs* lora);
     // The text encoder's features of a prompt [tokens, hidden_size].
     at::Tensor features(const std::vector<int32_t>& ids);
