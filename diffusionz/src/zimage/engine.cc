@@ -53,8 +53,8 @@ Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda
           return Model::load(path, placement);
       }()),
       stream_(placement.device),
-      graphs_(placement.device, cuda_graphs && !kernel_disabled("graphs")),
-      sampler_(model_->transformer(), stream_, graphs_) {
+      graphs_(placement.device, cuda_graphs && !kernel_disabled("graphs") && !trace_from_environment()),
+      sampler_(model_->transformer(), stream_, graphs_, trace_from_environment()) {
     synchronize(placement.device);  // the weights came on another stream
 }
 

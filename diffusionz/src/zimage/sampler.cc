@@ -3,6 +3,8 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
+#include <utility>
+
 #include "core/error.h"
 #include "ops/patchify.h"
 
@@ -23,7 +25,7 @@ Transformer::Positions Sampler::positions(const at::Tensor& latents, const at::T
 }
 
 GraphCache::Function Sampler::step(const Transformer::Positions& positive, const Transformer::Positions& negative, bool guided,
-                                   const Guidance& guidance, const Lora& lora) const {
+                                   const Guidance& guidance, const Lora& lora) {
     constexpr int64_t kPatch = Transformer::kPatch;
     return [this, positive, negative, guided, guidance, pairs = lora.pairs](const std::vector<at::Tensor>& inputs) {
         const at::Tensor &latents = inputs[0], &delta = inputs[3], &caption = inputs[4];
@@ -31,10 +33,10 @@ GraphCache::Function Sampler::step(const Transformer::Positions& positive, const
         at::Tensor with, without;
         if (guided && inputs[5].size(1) == caption.size(1)) {
             const at::Tensor both = transformer_.predict(latents.expand({2, -1, -1, -1}), modulation, at::cat({caption, inputs[5]}),
-                                                         positive, pairs);
+                                                         positive, pairs, std::exchange(trace_, {}));
             with = both.narrow(0, 0, 1), without = both.narrow(0, 1, 1);
         } else {
-            with = transformer_.predict(latents, modulation, caption, positive, pairs);
+            with = transformer_.predict(latents, modulation, caption, positive, pairs, std::exchange(trace_, {}));
             if (guided) without = transformer_.predict(latents, modulation, inputs[5], negative, pairs);
         }
         at::Tensor next = latents.clone();
@@ -70,7 +72,8 @@ at::Tensor Sampler::run(at::Tensor latents, const std::vector<float>& sigmas, co
         const Transformer::Modulation at_now = modulation.at(now);
         std::vector<at::Tensor> inputs = {latents, at_now.blocks, at_now.final_scale, deltas.narrow(0, now, 1), captions.positive};
         if (guided) inputs.push_back(captions.negative);
-        const std::string key = concat("step ", guided ? guidance.scale : 0, ' ', guided ? guidance.normalization : 0, ' ', lora.name);
+        const std::string key =
+            concat("step ", guided ? guidance.scale : 0, ' ', guided ? guidance.normalization : 0, ' ', lora.name);
         latents = graphs_.run(key, inputs, [&] { return step(positive, negative, guided, guidance, lora); });
         // The next step is sent once this one is done: so a cancel waits for one step at most, and the device for microseconds.
         stream_.synchronize();

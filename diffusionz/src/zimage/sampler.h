@@ -33,8 +33,9 @@ public:
         std::string name;
     };
 
-    Sampler(const Transformer& transformer, const WorkStream& stream, GraphCache& graphs)
-        : transformer_(transformer), stream_(stream), graphs_(graphs) {}
+    // `trace` sees the first evaluation of all; graphs must then be off.
+    Sampler(const Transformer& transformer, const WorkStream& stream, GraphCache& graphs, Watch trace)
+        : transformer_(transformer), stream_(stream), graphs_(graphs), trace_(std::move(trace)) {}
 
     // latents float32 [1, channels, height, width] at sigmas[0] to those at sigmas.back(); times are the transformer's, one a step.
     // Returns within one step of a cancel, with E_CANCELLED. `watch` may be empty; it sees the latents at the start and after
@@ -47,11 +48,12 @@ private:
     Transformer::Positions positions(const at::Tensor& latents, const at::Tensor& caption);
     // A step as a function of tensors: latents, the step's modulation (blocks, final scale), the fall of sigma, the captions.
     GraphCache::Function step(const Transformer::Positions& positive, const Transformer::Positions& negative, bool guided,
-                              const Guidance& guidance, const Lora& lora) const;
+                              const Guidance& guidance, const Lora& lora);
 
     const Transformer& transformer_;
     const WorkStream& stream_;
     GraphCache& graphs_;
+    Watch trace_;
     // By latent height, width and caption tokens.
     std::map<std::tuple<int64_t, int64_t, int64_t>, Transformer::Positions> positions_;
 };

@@ -222,13 +222,15 @@ Transformer::Stream Transformer::run_block(const Block& block, const Block* next
     return {residual.sum, residual.normed};
 }
 
-at::Tensor Transformer::run_blocks(const std::vector<Block>& blocks, const at::Tensor& x, const at::Tensor& rope,
-                                   const Modulation* modulation, int64_t keep, const LoraPairs* lora) const {
+at::Tensor Transformer::run_blocks(const std::vector<Block>& blocks, const char* name, const at::Tensor& x,
+                                   const at::Tensor& rope, const Modulation* modulation, int64_t keep, const LoraPairs* lora,
+                                   const Watch& watch) const {
     if (blocks.empty()) return x.narrow(1, 0, keep);
     Stream stream = enter(blocks[0], x, modulation, lora);
     for (size_t i = 0; i < blocks.size(); ++i) {
         const bool last = i + 1 == blocks.size();
         stream = run_block(blocks[i], last ? nullptr : &blocks[i + 1], stream, rope, modulation, last ? keep : x.size(1), lora);
+        if (watch) watch(concat(name, '.', i), stream.x);
     }
     return stream.x;
 }
@@ -265,7 +267,7 @@ at::Tensor Transformer::refine_caption(const at::Tensor& features, const LoraPai
     at::Tensor x = caption_embedder_(rms_norm(features, caption_norm_, config_.norm_eps), lora);
     x = at::cat({x, caption_pad_.expand({padded - tokens, config_.dim})}).unsqueeze(0);
     const at::Tensor rope = positions(kPatch, kPatch, padded).unified.narrow(0, kTokensMultiple, padded);
-    return run_blocks(context_refiner_, x, rope, nullptr, padded, lora);
+    return run_blocks(context_refiner_, "context_refiner", x, rope, nullptr, padded, lora, {});
 }
 
 Transformer::Positions Transformer::positions(int64_t latent_height, int64_t latent_width, int64_t caption_tokens) const {
@@ -287,14 +289,14 @@ Transformer::Positions Transformer::positions(int64_t latent_height, int64_t lat
 }
 
 at::Tensor Transformer::predict(const at::Tensor& latents, const Modulation& modulation, const at::Tensor& caption,
-                                const Positions& positions, const LoraPairs* lora) const {
+                                const Positions& positions, const LoraPairs* lora, const Watch& watch) const {
     const int64_t batch = latents.size(0), tokens = latents.size(2) / kPatch * (latents.size(3) / kPatch),
                   padding = padding_of(tokens);
     at::Tensor x = image_embedder_(patchify(latents, kPatch, placement_.dtype), lora);
     if (padding) x = at::cat({x, image_pad_.expand({batch, padding, config_.dim})}, 1);
-    x = run_blocks(noise_refiner_, x, positions.image, &modulation, tokens + padding, lora);
+    x = run_blocks(noise_refiner_, "noise_refiner", x, positions.image, &modulation, tokens + padding, lora, watch);
     // Only the image's tokens are read after the last layer.
-    x = run_blocks(layers_, at::cat({x, caption}, 1), positions.unified, &modulation, tokens, lora);
+    x = run_blocks(layers_, "layers", at::cat({x, caption}, 1), positions.unified, &modulation, tokens, lora, watch);
     return final_linear_(modulated_layer_norm(x, kFinalNormEps, modulation.final_scale.unsqueeze(1)), lora);
 }
 

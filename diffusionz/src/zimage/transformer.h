@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/json_file.h"
+#include "core/trace.h"
 #include "core/weights.h"
 #include "ops/activation.h"
 #include "ops/linear.h"
@@ -67,8 +68,9 @@ public:
 
     // The model's output at one time, before the pipeline negates it, as tokens [batch, image tokens, patch * patch * channels].
     // latents float32 [batch, channels, height, width]; caption [batch, padded tokens, dim] from refine_caption.
+    // `watch`, when given, sees the residual stream [batch, tokens, dim] after each block.
     at::Tensor predict(const at::Tensor& latents, const Modulation& modulation, const at::Tensor& caption,
-                       const Positions& positions, const LoraPairs* lora) const;
+                       const Positions& positions, const LoraPairs* lora, const Watch& watch = {}) const;
     // The same as a picture: float32 like `latents`.
     at::Tensor forward(const at::Tensor& latents, float time, const at::Tensor& caption, const Positions& positions,
                        const LoraPairs* lora) const;
@@ -109,9 +111,9 @@ private:
     // Only the first `keep` tokens of the result are computed. Its norm is `next`'s; without one it has none.
     Stream run_block(const Block& block, const Block* next, const Stream& in, const at::Tensor& rope, const Modulation* modulation,
                      int64_t keep, const LoraPairs* lora) const;
-    // Enters the first block and runs all of them; `keep` is the last one's.
-    at::Tensor run_blocks(const std::vector<Block>& blocks, const at::Tensor& x, const at::Tensor& rope,
-                          const Modulation* modulation, int64_t keep, const LoraPairs* lora) const;
+    // Enters the first block and runs all of them; `keep` is the last one's. `watch` calls them by `name`.
+    at::Tensor run_blocks(const std::vector<Block>& blocks, const char* name, const at::Tensor& x, const at::Tensor& rope,
+                          const Modulation* modulation, int64_t keep, const LoraPairs* lora, const Watch& watch) const;
     at::Tensor embed_times(const std::vector<float>& times, const LoraPairs* lora) const;
 
     TransformerConfig config_;
