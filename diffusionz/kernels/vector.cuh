@@ -1,17 +1,21 @@
-// Loads and stores of 16 bytes, whatever the type of the numbers, and sums over a block.
+// Loads and stores of 16 bytes, whatever the type of the numbers; conversions; sums and maxima over warps and blocks.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "kernels/types.h"
 
 namespace diffusionz::kernels {
 
-// 16 bytes of T, aligned: one load or store of a thread.
-template <class T>
-struct alignas(16) Vector {
-    static constexpr int kCount = 16 / sizeof(T);
+// Numbers that a thread loads or stores at once, aligned to their size: 16 bytes unless said otherwise.
+template <class T, int kNumbers = 16 / static_cast<int>(sizeof(T))>
+struct alignas(kNumbers * sizeof(T)) Vector {
+    static constexpr int kCount = kNumbers;
     T values[kCount];
 };
 
@@ -32,6 +36,156 @@ __device__ inline __half from_float<__half>(float x) {
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
+}
+
+// Vector number `index` of an array, by a load that the caches need not keep: what is read once.
+template <class T, int kNumbers>
+__device__ inline Vector<T, kNumbers> load_once(const T* data, int64_t index) {
+    using Numbers = Vector<T, kNumbers>;
+    const Numbers* from = reinterpret_cast<const Numbers*>(data) + index;
+    if constexpr (sizeof(Numbers) == 16) {
+        const int4 raw = __ldcs(reinterpret_cast<const int4*>(from));
+        return reinterpret_cast<const Numbers&>(raw);
+    } else {
+        return *from;
+    }
+}
+
+template <class T, int kNumbers>
+__device__ inline Vector<T, kNumbers> load(const T* data, int64_t index) {
+    return reinterpret_cast<const Vector<T, kNumbers>*>(data)[index];
+}
+
+// Rounds once and stores. Two numbers of 16 bits are one instruction's conversion.
+template <class T, int kNumbers>
+__device__ inline void store(T* data, int64_t index, const float (&numbers)[kNumbers]) {
+    Vector<T, kNumbers> rounded;
+    if constexpr (kNumbers % 2 == 0 && std::is_same_v<T, __nv_bfloat16>) {
+#pragma unroll
+        for (int i = 0; i < kNumbers; i += 2)
+            reinterpret_cast<__nv_bfloat162&>(rounded.values[i]) = __floats2bfloat162_rn(numbers[i], numbers[i + 1]);
+    } else if constexpr (kNumbers % 2 == 0 && std::is_same_v<T, __half>) {
+#pragma unroll
+        for (int i = 0; i < kNumbers; i += 2)
+            reinterpret_cast<__half2&>(rounded.values[i]) = __floats2half2_rn(numbers[i], numbers[i + 1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kNumbers; ++i) rounded.values[i] = from_float<T>(numbers[i]);
+    }
+    reinterpret_cast<Vector<T, kNumbers>*>(data)[index] = rounded;
+}
+
+// The same as float8_e4m3fn, by the hardware's conversion from compute capability 8.9 on; beyond 448 saturates.
+template <int kNumbers>
+__device__ inline void store_fp8(uint8_t* data, int64_t index, const float (&numbers)[kNumbers], float factor) {
+    Vector<uint8_t, kNumbers> rounded;
+    if constexpr (kNumbers % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < kNumbers; i += 2) {
+            const __nv_fp8x2_storage_t pair =
+                __nv_cvt_float2_to_fp8x2({numbers[i] * factor, numbers[i + 1] * factor}, __NV_SATFINITE, __NV_E4M3);
+            rounded.values[i] = static_cast<uint8_t>(pair & 0xFF);
+            rounded.values[i + 1] = static_cast<uint8_t>(pair >> 8);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kNumbers; ++i)
+            rounded.values[i] = __nv_cvt_float_to_fp8(numbers[i] * factor, __NV_SATFINITE, __NV_E4M3);
+    }
+    reinterpret_cast<Vector<uint8_t, kNumbers>*>(data)[index] = rounded;
+}
+
+// The scale of a row of FP8 numbers, from the largest absolute number of the row.
+__device__ inline float fp8_scale(float largest) {
+    constexpr float kLargest = 448.0f, kSmallestMax = 1e-30f;  // below it the reciprocal of a scale would overflow
+    return largest == 0.0f ? 1.0f : fmaxf(largest, kSmallestMax) / kLargest;
+}
+
+// Over `kLanes` neighbouring threads, a power of two; each has the result.
+template <int kLanes = 32>
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    return x;
+}
+
+template <int kLanes = 32>
+__device__ inline float warp_max(float x) {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+    return x;
+}
+
+// Over a block of whole warps; each thread has the result. `scratch` is shared memory of 32 floats that no other call uses.
+__device__ inline float block_sum(float x, float* scratch) {
+    x = warp_sum(x);
+    if (blockDim.x == 32) return x;
+    const unsigned lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    if (lane == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? scratch[lane] : 0.0f);
+}
+
+__device__ inline float block_max(float x, float* scratch) {  // of numbers that are not negative
+    x = warp_max(x);
+    if (blockDim.x == 32) return x;
+    const unsigned lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    if (lane == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_max(lane < warps ? scratch[lane] : 0.0f);
+}
+
+// --- Kernels with a block a row, the row in registers ---
+
+// Calls launch(numbers a vector, vectors a thread, threads): the first two as integral constants. cudaErrorNotSupported for rows
+// that are too wide for the registers of a block.
+template <class T, class Launch>
+cudaError_t launch_rows(bool aligned, int64_t rows, int64_t width, Launch&& launch) {
+    constexpr int kNumbers = 16 / static_cast<int>(sizeof(T)), kScalarVectors = 16;
+    constexpr int64_t kFewRows = 512;  // a processor has less than four of them: more threads a row are faster
+    constexpr int64_t kThreads = 512, kThreadsFewRows = 1024;
+    const auto threads = [](int64_t vectors, int64_t per_thread) {
+        return static_cast<int>((vectors + per_thread * 32 - 1) / (per_thread * 32) * 32);
+    };
+    if (rows == 0 || width == 0) return cudaSuccess;
+    if (!aligned) {
+        if (width > kScalarVectors * kThreads) return cudaErrorNotSupported;
+        return launch(std::integral_constant<int, 1>(), std::integral_constant<int, kScalarVectors>(),
+                      threads(width, kScalarVectors));
+    }
+    const int64_t vectors = width / kNumbers;
+    if (rows <= kFewRows && vectors <= kThreadsFewRows)
+        return launch(std::integral_constant<int, kNumbers>(), std::integral_constant<int, 1>(), threads(vectors, 1));
+    if (vectors > 4 * kThreads) return cudaErrorNotSupported;
+    return launch(std::integral_constant<int, kNumbers>(), std::integral_constant<int, 4>(), threads(vectors, 4));
+}
+
+// The bound that launch_rows keeps.
+template <int kVectors>
+constexpr int kRowThreadsMax = kVectors == 1 ? 1024 : 512;
+
+// Whether vectors of 16 bytes tile rows of `width` numbers that begin at multiples of `strides` from `pointers`; null is no
+// pointer.
+template <class T>
+bool tiles(int64_t width, std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
+    constexpr int64_t kNumbers = 16 / static_cast<int64_t>(sizeof(T));
+    bool fits = width % kNumbers == 0;
+    for (const void* pointer : pointers) fits = fits && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+    for (const int64_t stride : strides) fits = fits && stride % kNumbers == 0;
+    return fits;
+}
+
+// Calls f with a null pointer to the type.
+template <class F>
+cudaError_t with_type(Type type, F&& f) {
+    switch (type) {
+        case Type::float32:
+            return f(static_cast<float*>(nullptr));
+        case Type::float16:
+            return f(static_cast<__half*>(nullptr));
+        default:
+            return f(static_cast<__nv_bfloat16*>(nullptr));
+    }
 }
 
 }  // namespace diffusionz::kernels

@@ -11,7 +11,7 @@ enum class RopePairs { interleaved, halves };
 // qkv [batch, tokens, (heads + 2 kv_heads) * head_dim], contiguous: heads of queries, then of keys, then of values. Each head of
 // queries and keys becomes rms_norm(head, weight, eps) (q_weight, k_weight [head_dim]; undefined for no norm), then is rotated by
 // `table` [tokens, head_dim / 2] complex64 (Su et al. 2021). Values stay. In place: the result is `qkv`.
-at::Tensor qk_norm_rope(at::Tensor qkv, const at::Tensor& q_weight, const at::Tensor& k_weight, double eps, const at::Tensor& table,
-                        int64_t heads, int64_t kv_heads, RopePairs pairs);
+at::Tensor qk_norm_rope(at::Tensor qkv, const at::Tensor& q_weight, const at::Tensor& k_weight, double eps,
+                        const at::Tensor& table, int64_t heads, int64_t kv_heads, RopePairs pairs);
 
 }  // namespace diffusionz

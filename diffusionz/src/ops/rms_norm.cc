@@ -2,7 +2,8 @@
 //
 // Why our own on the CPU: as ATen operations it is five passes over memory and five times that the threads wait for each other,
 // and a transformer block has six of them. Numbers: the sum of squares in float32, in as many partial sums as a vector has lanes.
-// Reference: rms_norm_reference, which is also the path of other devices and precisions (DIFFUSIONZ_DISABLE_KERNELS=rms_norm).
+// On CUDA kernels/modulated_norm.cu, without a scale. Reference: rms_norm_reference, which is also the path of the CPU in other
+// precisions (DIFFUSIONZ_DISABLE_KERNELS=rms_norm).
 
 #include "ops/rms_norm.h"
 
@@ -14,6 +15,11 @@
 
 #include "ops/disabled.h"
 #include "ops/vector_math.h"
+
+#ifdef DIFFUSIONZ_WITH_CUDA
+#include "kernels/modulated_norm.h"
+#include "ops/cuda.h"
+#endif
 
 namespace diffusionz {
 namespace {
@@ -44,6 +50,17 @@ DIFFUSIONZ_VECTORIZED void normalize_row(const float* x, const float* weight, fl
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
     static const bool disabled = kernel_disabled("rms_norm");
+#ifdef DIFFUSIONZ_WITH_CUDA
+    if (x.is_cuda() && has_kernel_type(x) && goes_with(weight, x) && !disabled) {
+        at::Tensor y = at::empty(x.sizes(), x.options());
+        const std::optional<at::Tensor> view = as_batched_rows(x);
+        const at::Tensor rows = view ? *view : x.contiguous().view({1, -1, x.size(-1)});
+        if (launched("rms_norm", kernels::modulated_norm(kernel_type(x.scalar_type()), rows_of(rows), weight.const_data_ptr(), {},
+                                                         {y.mutable_data_ptr()}, rows.size(0), rows.size(1), rows.size(2),
+                                                         static_cast<float>(eps), current_stream(x))))
+            return y;
+    }
+#endif
     // Rows may lie apart, as queries do in the fused product, but not their numbers.
     const bool ours =
         x.is_cpu() && x.scalar_type() == at::kFloat && x.stride(-1) == 1 && x.dim() >= 2 && x.dim() <= 4 && !disabled;

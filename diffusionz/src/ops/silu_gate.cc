@@ -1,7 +1,7 @@
 // y = a / (1 + e^-a) * b, with a and b the halves of a row: what the fused product of w1 and w3 gives.
 //
-// Why our own on the CPU: one pass instead of two, and libm's exponential is most of ATen's.
-// Reference: at::silu and a product, which is also the path of other devices and precisions
+// Why our own on the CPU: one pass instead of two, and libm's exponential is most of ATen's. On CUDA kernels/silu_gate.cu.
+// Reference: at::silu and a product, which is also the path of the CPU in other precisions
 // (DIFFUSIONZ_DISABLE_KERNELS=silu_gate).
 
 #include "ops/silu_gate.h"
@@ -12,6 +12,11 @@
 #include "ops/disabled.h"
 #include "ops/quantize_rows.h"
 #include "ops/vector_math.h"
+
+#ifdef DIFFUSIONZ_WITH_CUDA
+#include "kernels/silu_gate.h"
+#include "ops/cuda.h"
+#endif
 
 namespace diffusionz {
 namespace {
@@ -26,10 +31,7 @@ DIFFUSIONZ_VECTORIZED void gate_rows(const float* x, float* y, int64_t rows, int
     }
 }
 
-}  // namespace
-
-at::Tensor silu_gate(const at::Tensor& x) {
-    static const bool disabled = kernel_disabled("silu_gate");
+at::Tensor gate_plain(const at::Tensor& x, bool disabled) {
     const auto halves = x.chunk(2, -1);
     if (!x.is_cpu() || x.scalar_type() != at::kFloat || !x.is_contiguous() || disabled)
         return at::silu(halves[0]).mul_(halves[1]);
@@ -43,6 +45,22 @@ at::Tensor silu_gate(const at::Tensor& x) {
     return y;
 }
 
-Activation silu_gate(const at::Tensor& x, Form form) { return quantize_rows(silu_gate(x), form); }
+}  // namespace
+
+Activation silu_gate(const at::Tensor& x, Form form) {
+    static const bool disabled = kernel_disabled("silu_gate");
+#ifdef DIFFUSIONZ_WITH_CUDA
+    if (x.is_cuda() && has_kernel_type(x) && x.is_contiguous() && !disabled) {
+        const int64_t width = x.size(-1) / 2, rows = width ? x.numel() / (2 * width) : 0;
+        const WrittenActivation y(x.narrow(-1, 0, width), form);
+        if (launched("silu_gate", kernels::silu_gate(kernel_type(x.scalar_type()), x.const_data_ptr(), y.written, rows, width,
+                                                     current_stream(x))))
+            return y.activation;
+    }
+#endif
+    return quantize_rows(gate_plain(x, disabled), form);
+}
+
+at::Tensor silu_gate(const at::Tensor& x) { return silu_gate(x, Form::plain).plain; }
 
 }  // namespace diffusionz
