@@ -81,6 +81,13 @@ const TensorView& Checkpoint::at(const std::string& name) const {
     return found->second;
 }
 
+const MappedFile& Checkpoint::file_of(const TensorView& view) const {
+    for (const auto& file : files_) {
+        if (view.data >= file->data() && view.data < file->data() + file->size_bytes()) return *file;
+    }
+    fail(DIFFUSIONZ_E_INTERNAL, name_, ": a tensor that lies in none of its files");
+}
+
 void Checkpoint::release_pages() const {
     for (const auto& file : files_) file->release_pages();
 }

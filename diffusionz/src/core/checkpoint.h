@@ -31,6 +31,9 @@ public:
     // Where it came from, for messages.
     const std::string& name() const { return name_; }
 
+    // The file that `view`, of this checkpoint, points into.
+    const MappedFile& file_of(const TensorView& view) const;
+
     // Tells the kernel that what was read so far is not needed soon: called once a layer has its own copy, it keeps a load from
     // holding the model twice. Tensors that still point into the files stay readable.
     void release_pages() const;

@@ -5,11 +5,14 @@
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <regex>
 #include <string>
 
 #include "core/error.h"
 
 #ifdef DIFFUSIONZ_WITH_CUDA
+#include <ATen/Context.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <cuda_runtime_api.h>
 #endif
@@ -86,6 +89,54 @@ void describe_device(int32_t device_id, DiffusionZDeviceInfo& info) {
     }
 #endif
     std::snprintf(info.name, sizeof info.name, "%s", name.c_str());
+}
+
+void add_device_memory(at::Device device, DiffusionZMemoryInfo& info) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    if (!device.is_cuda()) return;
+    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
+    const auto& used = stats.allocated_bytes[0];  // of blocks of every size
+    info.device_bytes += used.current;
+    info.device_peak_bytes += used.peak;
+    info.device_held_bytes += stats.reserved_bytes[0].current;
+#else
+    (void)device;
+    (void)info;
+#endif
+}
+
+void limit_device_memory(at::Device device, int64_t max_bytes) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    if (!device.is_cuda()) return;
+    at::globalContext().lazyInitDevice(at::kCUDA);  // the allocator's, too
+    DiffusionZDeviceInfo info{};
+    describe_device(device.index(), info);
+    const double share = static_cast<double>(max_bytes) / static_cast<double>(info.memory_total_bytes);
+    c10::cuda::CUDACachingAllocator::setMemoryFraction(std::min(share, 1.0), device.index());
+#else
+    (void)device;
+    (void)max_bytes;
+#endif
+}
+
+std::string after_out_of_memory(const std::string& message) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    const auto found = [&](const char* pattern) {
+        std::smatch match;
+        return std::regex_search(message, match, std::regex(pattern)) ? match[1].str() : std::string();
+    };
+    const std::string wanted = found("Tried to allocate ([0-9.]+ [A-Za-z]+)"), device = found("GPU (\\d+)"),
+                      free = found("of which ([0-9.]+ [A-Za-z]+) is free"),
+                      used = found("([0-9.]+ [A-Za-z]+) is allocated by PyTorch"),
+                      kept = found("([0-9.]+ [A-Za-z]+) is reserved by PyTorch"), limit = found("([0-9.]+ [A-Za-z]+) allowed");
+    if (!wanted.empty() && !free.empty() && !used.empty()) {
+        return concat("cuda:", device, " is out of memory: ", wanted, " more were wanted; ", free, " are free, this process uses ",
+                      used, " and kept ", kept.empty() ? "nothing" : kept, " for later",
+                      limit.empty() ? "" : concat("; its limit (max_vram_bytes) is ", limit));
+    }
+#endif
+    return message;
 }
 
 void synchronize(at::Device device) {

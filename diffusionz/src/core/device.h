@@ -4,6 +4,7 @@
 #include <c10/core/Device.h>
 
 #include <cstdint>
+#include <string>
 
 #include "diffusionz_c_api.h"
 
@@ -19,6 +20,16 @@ at::Device find_device(int32_t device_id);
 int64_t host_free_memory();
 
 void describe_device(int32_t device_id, DiffusionZDeviceInfo& info);
+
+// Adds what this process uses of a CUDA device's memory; nothing for the CPU.
+void add_device_memory(at::Device device, DiffusionZMemoryInfo& info);
+
+// From now on this process gets at most that many bytes of a CUDA device; nothing for the CPU.
+void limit_device_memory(at::Device device, int64_t max_bytes);
+
+// After a failure for want of device memory: gives back what was kept for later calls on every device, and puts LibTorch's message
+// into our words: how much was wanted, free and held.
+std::string after_out_of_memory(const std::string& message);
 
 // Waits for the device and raises what it reports.
 void synchronize(at::Device device);

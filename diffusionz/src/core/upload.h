@@ -1,0 +1,50 @@
+// Carries tensors from a file to a CUDA device: threads read pieces into pinned buffers, and the device fetches each piece while the
+// next ones are read. The host holds the buffers, and no second copy of the file.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "core/mapped_file.h"
+
+namespace diffusionz {
+
+class Upload {
+public:
+    // Fails with E_DEVICE in a build without CUDA.
+    explicit Upload(c10::Device device);
+    ~Upload();  // waits for what is on its way
+    Upload(const Upload&) = delete;
+    Upload& operator=(const Upload&) = delete;
+
+    // Copies `size_bytes` of `file` from `offset` to device memory that the current stream has allocated. Returns once the copies
+    // are sent; the current stream waits for them. Fails as the file's read does. One caller at a time.
+    void copy(const MappedFile& file, size_t offset, size_t size_bytes, void* to);
+
+private:
+    struct Piece {
+        const MappedFile* file;
+        size_t offset, size_bytes;
+        uint8_t* to;
+    };
+    struct Device;  // the stream and the buffers
+    void work(size_t worker, const std::stop_token& stop);
+
+    std::unique_ptr<Device> device_;
+    std::mutex mutex_;
+    std::condition_variable_any changed_;
+    std::deque<Piece> pieces_;
+    size_t unsent_ = 0;
+    std::exception_ptr error_;
+    std::vector<std::jthread> workers_;  // last: they end before what they use
+};
+
+}  // namespace diffusionz
