@@ -61,7 +61,7 @@ typedef struct ChronosContext ChronosContext;
 typedef struct {
     uint32_t struct_size;         /* set by chronos_init_options_init */
     int32_t device_id;            /* -1 the CPU (default), else a CUDA device's index */
-    int32_t precision;            /* DIFFUSIONZ_PRECISION_* of the encoder's matrix products; all else is float32. Default AUTO: float32 */
+    int32_t precision;            /* DIFFUSIONZ_PRECISION_* of the encoder's matrix products; all else is float32. AUTO: float32 (default) */
     int32_t num_threads;          /* CPU threads of the whole process; 0 leaves them as they are (default) */
     const char *lora_path;        /* folder of an adapter of upstream's fit (PEFT), merged into the weights; default NULL */
     int64_t working_memory_bytes; /* budget of a call beside its input and result; a group that needs more gets it; 0 picks one (default) */

@@ -33,7 +33,8 @@
  * Errors. A call that can fail returns a status, and diffusionz_last_error() says on the same thread what was wrong,
  *   the value, and what is allowed. No C++ exception and no abort crosses this boundary.
  * Growth. Statuses and enum values are added, never renumbered. A struct that can grow begins with `struct_size`,
- *   which its _init function sets; fields are only appended. DiffusionZParams and DiffusionZResult never change.
+ *   which its _init function sets; fields are only appended, and a program built with fewer of them goes on working.
+ *   DiffusionZParams and DiffusionZResult never change.
  */
 #ifndef DIFFUSIONZ_C_API_H
 #define DIFFUSIONZ_C_API_H
@@ -62,17 +63,22 @@ enum {
     DIFFUSIONZ_E_MODEL = 2,         /* the model's files are missing, damaged, or of another architecture */
     DIFFUSIONZ_E_LORA = 3,          /* the LoRA file is missing, damaged, or does not fit the model */
     DIFFUSIONZ_E_IMAGE = 4,         /* the given bytes are not a picture that can be read, or it cannot be encoded */
-    DIFFUSIONZ_E_OUT_OF_MEMORY = 5, /* of the host or of the device; the context stays usable */
+    DIFFUSIONZ_E_OUT_OF_MEMORY = 5, /* of the host or of the device; the context stays usable, and what it kept is given back */
     DIFFUSIONZ_E_DEVICE = 6,        /* there is no such device, or it reported a fault */
     DIFFUSIONZ_E_CANCELLED = 7,     /* diffusionz_task_cancel was called */
     DIFFUSIONZ_E_INTERNAL = 8       /* a defect in the library; please report the message */
 };
 
-/* Precision of weights and activations. */
+/* Precision of weights and activations. Z-Image knows FLOAT32, BFLOAT16 and FP8, Chronos-2 all but FP8; another is E_ARGUMENT, and one
+ * that the device cannot multiply in is E_DEVICE. */
 enum {
-    DIFFUSIONZ_PRECISION_AUTO = 0,    /* bfloat16 on CUDA, float32 on the CPU */
+    DIFFUSIONZ_PRECISION_AUTO = 0,     /* Z-Image: bfloat16 on CUDA, float32 on the CPU; Chronos-2: float32 */
     DIFFUSIONZ_PRECISION_FLOAT32 = 1,
-    DIFFUSIONZ_PRECISION_BFLOAT16 = 2
+    DIFFUSIONZ_PRECISION_BFLOAT16 = 2,
+    DIFFUSIONZ_PRECISION_FP8 = 3,      /* bfloat16, and the transformer's large products in float8_e4m3 with a scale a row; CUDA devices of
+                                          compute capability 8.9 and later */
+    DIFFUSIONZ_PRECISION_FLOAT16 = 4,
+    DIFFUSIONZ_PRECISION_TF32 = 5      /* float32, multiplied with ten bits of mantissa; CUDA devices */
 };
 
 /* What `image_data` of a result holds. */
@@ -123,11 +129,18 @@ typedef struct {
 
 /* How to load a model. */
 typedef struct {
-    uint32_t struct_size; /* set by diffusionz_init_options_init */
-    int32_t device_id;    /* -1 the CPU (default), else a CUDA device's index */
-    int32_t precision;    /* DIFFUSIONZ_PRECISION_*; default AUTO */
-    int32_t num_threads;  /* CPU threads of the whole process; 0 leaves them as they are (default) */
-    int32_t cuda_graphs;  /* 1 lets the library capture CUDA graphs (default), 0 forbids it */
+    uint32_t struct_size;      /* set by diffusionz_init_options_init */
+    int32_t device_id;         /* -1 the CPU (default), else a CUDA device's index */
+    int32_t precision;         /* DIFFUSIONZ_PRECISION_*; default AUTO */
+    int32_t num_threads;       /* CPU threads of the whole process; 0 leaves them as they are (default) */
+    int32_t cuda_graphs;       /* 1 lets the library capture CUDA graphs (default), 0 forbids it */
+    int32_t device_count;      /* 1..64: draw on the devices of device_ids, in place of device_id; 0: on device_id (default) */
+    const int32_t *device_ids; /* [device_count], as device_id, all of one kind; one listed twice draws two pictures at once. A batch's pictures,
+                                  and calls that queue, go to whichever device is free. On devices of one model the pictures are those
+                                  of one device, byte for byte */
+    int64_t max_vram_bytes;    /* device memory that this process may take for weights and work, on each device; 0: no limit (default). Where the
+                                  model does not fit, the text encoder and the VAE stay on the host and come for their stage only. Holds for the
+                                  whole process, the last one given; the CUDA driver's own half gigabyte is not counted */
 } DiffusionZInitOptions;
 
 /* One picture to draw, with everything that can be asked of it. */
@@ -154,7 +167,7 @@ typedef struct {
 /* A moment in a task's life. */
 typedef struct {
     uint32_t struct_size; /* set by the caller to sizeof(DiffusionZProgress) */
-    int32_t stage;        /* DIFFUSIONZ_STAGE_* */
+    int32_t stage;        /* DIFFUSIONZ_STAGE_*; of pictures drawn side by side that of one, like the times below */
     int32_t step;         /* transformer steps done, over all pictures of the call; rows done of a forecast */
     int32_t step_count;   /* 0 until it is known */
     int32_t image;        /* pictures finished */
@@ -179,8 +192,12 @@ typedef struct {
 typedef struct {
     uint32_t struct_size;      /* set by the caller to sizeof(DiffusionZMemoryInfo) */
     int32_t shared_by;         /* contexts that share the weights, this one included */
-    int64_t weights_bytes;     /* on the context's device */
+    int64_t weights_bytes;     /* on the context's devices */
     int64_t lora_bytes;        /* this context's adapters */
+    /* Of the whole process on the context's CUDA devices; 0 on the CPU. */
+    int64_t device_bytes;      /* in use: weights, adapters, graphs, and what running calls work in */
+    int64_t device_peak_bytes; /* the most that was in use since the process began */
+    int64_t device_held_bytes; /* taken from the devices: in use, and kept for the next call */
 } DiffusionZMemoryInfo;
 
 /* --- Library ------------------------------------------------------------------------------------------------ */
@@ -214,9 +231,13 @@ DIFFUSIONZ_API int32_t diffusionz_device_info(int32_t device_id, DiffusionZDevic
  * why. Some possible errors: E_MODEL, E_DEVICE, E_OUT_OF_MEMORY. */
 DIFFUSIONZ_API DiffusionZContext *diffusionz_init(const char *model_path, int device_id);
 
+/* Defaults for a struct of that size: what a binding calls that does not compile this header. The name without _sized is, for C and C++,
+ * a macro at the end of this file that gives the size; as a symbol it is for programs built when the struct ended with cuda_graphs. */
+DIFFUSIONZ_API void diffusionz_init_options_init_sized(DiffusionZInitOptions *options, uint32_t struct_size);
 DIFFUSIONZ_API void diffusionz_init_options_init(DiffusionZInitOptions *options);
 
-/* diffusionz_init with options; `*out` is NULL on failure. E_ARGUMENT also for an unknown struct_size. */
+/* diffusionz_init with options; `*out` is NULL on failure. E_ARGUMENT also for an unknown struct_size, E_OUT_OF_MEMORY also when
+ * the model cannot be had in max_vram_bytes: the message says in how many it can. */
 DIFFUSIONZ_API int32_t diffusionz_init_with_options(const char *model_path, const DiffusionZInitOptions *options, DiffusionZContext **out);
 
 /* Waits for the calls that run or queue on the context, then frees it. No call may be made with it afterwards. NULL is fine. */
@@ -287,6 +308,10 @@ DIFFUSIONZ_API int32_t diffusionz_image_metadata(const uint8_t *data, int64_t si
 DIFFUSIONZ_API int32_t diffusionz_request_metadata(const DiffusionZContext *ctx, const DiffusionZRequest *request, char **out);
 
 /* cdef: end */
+
+/* An _init that knew only the library's size of a struct would write past the end of an older program's. */
+#define diffusionz_init_options_init(options) diffusionz_init_options_init_sized((options), (uint32_t)sizeof *(options))
+
 #ifdef __cplusplus
 }
 #endif

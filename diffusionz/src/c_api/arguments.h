@@ -1,12 +1,15 @@
 // What the exports of both headers check and share.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstring>
+#include <string>
 
 #include "core/error.h"
 #include "core/task.h"
+#include "core/weights.h"
 
 struct DiffusionZTask {
     diffusionz::Task task;
@@ -14,24 +17,52 @@ struct DiffusionZTask {
 
 namespace diffusionz {
 
+// Sizes that a struct had before fields were appended; programs built then go on working.
+template <class Struct>
+inline constexpr std::array<uint32_t, 0> kEarlierSizes{};
+template <>
+inline constexpr std::array<uint32_t, 1> kEarlierSizes<DiffusionZInitOptions>{20};
+template <>
+inline constexpr std::array<uint32_t, 1> kEarlierSizes<DiffusionZMemoryInfo>{24};
+
+// Fails with E_ARGUMENT. A size over this library's has fields that it does not know and would ignore; one that never was is no
+// size that an _init set.
 template <class Struct>
 void check_size(const char* name, const Struct* value) {
     if (!value) fail(DIFFUSIONZ_E_ARGUMENT, name, " is NULL");
-    // A larger one has fields that this library does not know and would ignore; a smaller one was not made by its _init.
-    if (value->struct_size != sizeof(Struct)) {
-        fail(DIFFUSIONZ_E_ARGUMENT, name, "->struct_size is ", value->struct_size, "; this library (ABI ", DIFFUSIONZ_ABI_VERSION,
-             ") knows ", sizeof(Struct));
+    constexpr auto& earlier = kEarlierSizes<Struct>;
+    if (value->struct_size == sizeof(Struct) ||
+        std::find(earlier.begin(), earlier.end(), value->struct_size) != earlier.end()) {
+        return;
     }
+    std::string known;
+    for (const uint32_t size : earlier) known += concat(size, " and ");
+    fail(DIFFUSIONZ_E_ARGUMENT, name, "->struct_size is ", value->struct_size, "; this library (ABI ", DIFFUSIONZ_ABI_VERSION,
+         ") knows ", known, sizeof(Struct));
 }
 
-// The dtype of a DIFFUSIONZ_PRECISION_*, `automatic` for AUTO. Fails with E_ARGUMENT.
-c10::ScalarType dtype_of(int32_t precision, c10::ScalarType automatic);
+// The caller's struct as this library has it; fields that the caller does not know are 0, which is their default.
+template <class Struct>
+Struct read_struct(const char* name, const Struct* value) {
+    check_size(name, value);
+    Struct whole{};
+    std::memcpy(&whole, value, value->struct_size);
+    return whole;
+}
 
-// Remembers the CPU threads that a caller asked for, 0 for nobody's wish, and applies them. Fails with E_ARGUMENT.
-void want_threads(int32_t count);
+// Fills in what the caller has room for.
+template <class Struct>
+void write_struct(Struct whole, Struct* to) {
+    whole.struct_size = to->struct_size;
+    std::memcpy(to, &whole, whole.struct_size);
+}
 
-// OpenMP keeps the number of threads by the thread that calls, so each call brings the last wish along.
-void apply_threads();
+// Which precisions a model can be had in.
+enum class Family { zimage, chronos };
+
+// Where a model of `family` shall live, of the arguments of its _init. Fails with E_ARGUMENT for a precision that the family does
+// not know, with E_DEVICE where the device is not there or cannot multiply so.
+Placement placement_of(int32_t device_id, int32_t precision, Family family);
 
 // Ends a task with its scope, however the call ends.
 class TaskEnd {

@@ -12,6 +12,7 @@
 #include "chronos/engine.h"
 #include "chronos/quantiles.h"
 #include "core/device.h"
+#include "core/threads.h"
 
 using namespace diffusionz;
 
@@ -76,7 +77,7 @@ int32_t chronos_init_with_options(const char* model_path, const ChronosInitOptio
         if (!model_path) fail(DIFFUSIONZ_E_ARGUMENT, "model_path is NULL");
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
         check_size("options", options);
-        const Placement placement{find_device(options->device_id), dtype_of(options->precision, at::kFloat)};
+        const Placement placement = placement_of(options->device_id, options->precision, Family::chronos);
         want_threads(options->num_threads);
         *out = new ChronosContext(model_path, options->lora_path, placement, options->working_memory_bytes);
     });
@@ -94,9 +95,11 @@ int32_t chronos_memory_info(ChronosContext* ctx, DiffusionZMemoryInfo* info) {
     return guard([&] {
         check_context(ctx);
         check_size("info", info);
-        info->shared_by = ctx->engine.shared_by();
-        info->weights_bytes = static_cast<int64_t>(ctx->engine.model().nbytes());
-        info->lora_bytes = 0;  // merged into the weights
+        DiffusionZMemoryInfo memory{};  // an adapter is merged into the weights
+        memory.shared_by = ctx->engine.shared_by();
+        memory.weights_bytes = static_cast<int64_t>(ctx->engine.model().nbytes());
+        add_device_memory(ctx->engine.model().placement().device, memory);
+        write_struct(memory, info);
     });
 }
 

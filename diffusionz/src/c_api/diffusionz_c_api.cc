@@ -4,22 +4,29 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
+#include <future>
 #include <memory>
+#include <mutex>
 #include <span>
+#include <vector>
 
 #include "c_api/arguments.h"
 #include "c_api/guard.h"
 #include "core/device.h"
+#include "core/threads.h"
 #include "image/metadata.h"
 #include "image/png.h"
 #include "image/webp.h"
-#include "zimage/engine.h"
+#include "zimage/fleet.h"
 
 using namespace diffusionz;
 
 struct DiffusionZContext {
-    DiffusionZContext(const char* path, Placement placement) : engine(path, placement), info(engine.info()) {}
-    Engine engine;
+    DiffusionZContext(const char* path, const std::vector<Placement>& placements, const DiffusionZInitOptions& options)
+        : fleet(path, placements, options.cuda_graphs != 0, options.max_vram_bytes), info(fleet.info()) {}
+    Fleet fleet;
     std::string info;
 };
 
@@ -57,6 +64,54 @@ void encode(DiffusionZResult& result, const uint8_t* rgb, int32_t width, int32_t
             ? encode_png(rgb, width, height, metadata)
             : encode_webp(rgb, width, height, format == DIFFUSIONZ_FORMAT_WEBP_LOSSLESS, quality, metadata);
     set_image(result, bytes.data(), bytes.size(), width, height);
+}
+
+// Encodes a call's pictures while the next ones are drawn.
+class Encoders {
+public:
+    // Encodes where it is called when `alone` says that no picture follows.
+    explicit Encoders(bool alone) : alone_(alone) {}
+
+    // Any thread.
+    void add(std::function<void()> encode) {
+        if (alone_) return encode();
+        const std::lock_guard lock(mutex_);
+        if (running_.size() == kRunningMax) {
+            running_.front().get();
+            running_.pop_front();
+        }
+        running_.push_back(std::async(std::launch::async, std::move(encode)));
+    }
+    // Waits for all of them, and throws what one threw.
+    void finish() {
+        for (auto& encoding : running_) encoding.get();
+    }
+
+private:
+    static constexpr size_t kRunningMax = 8;  // else small pictures could be drawn faster than they are encoded
+
+    bool alone_;
+    std::mutex mutex_;
+    std::deque<std::future<void>> running_;
+};
+
+// The devices that the options ask for. Fails with E_ARGUMENT, E_DEVICE.
+std::vector<Placement> placements_of(const DiffusionZInitOptions& options) {
+    constexpr int32_t kDevicesMax = 64;
+    if (options.device_count < 0 || options.device_count > kDevicesMax)
+        fail(DIFFUSIONZ_E_ARGUMENT, "device_count is ", options.device_count, "; it must be from 0 to ", kDevicesMax);
+    if (options.device_count > 0 && !options.device_ids)
+        fail(DIFFUSIONZ_E_ARGUMENT, "device_ids is NULL, device_count ", options.device_count);
+    const int32_t* ids = options.device_count > 0 ? options.device_ids : &options.device_id;
+    std::vector<Placement> placements;
+    for (int32_t i = 0; i < std::max(options.device_count, 1); ++i) {
+        placements.push_back(placement_of(ids[i], options.precision, Family::zimage));
+        if (placements[i].device.type() != placements[0].device.type()) {
+            fail(DIFFUSIONZ_E_ARGUMENT, "device_ids has ", ids[0], " and ", ids[i],
+                 "; they must be the CPU (-1) or CUDA devices (0 and up) all of them");
+        }
+    }
+    return placements;
 }
 
 // Empties a result and gives it the last error.
@@ -131,32 +186,42 @@ DiffusionZContext* diffusionz_init(const char* model_path, int device_id) {
     return ctx;
 }
 
-void diffusionz_init_options_init(DiffusionZInitOptions* options) {
-    if (!options) return;
-    *options = {};
-    options->struct_size = sizeof *options;
-    options->device_id = -1;
-    options->cuda_graphs = 1;
+void diffusionz_init_options_init_sized(DiffusionZInitOptions* options, uint32_t struct_size) {
+    if (!options || struct_size < kEarlierSizes<DiffusionZInitOptions>[0]) return;
+    DiffusionZInitOptions defaults{};
+    defaults.struct_size = std::min<uint32_t>(struct_size, sizeof defaults);
+    defaults.device_id = -1;
+    defaults.cuda_graphs = 1;
+    std::memcpy(options, &defaults, defaults.struct_size);
 }
 
-int32_t diffusionz_init_with_options(const char* model_path, const DiffusionZInitOptions* options, DiffusionZContext** out) {
+// The name in brackets is not the header's macro.
+void(diffusionz_init_options_init)(DiffusionZInitOptions* options) {
+    diffusionz_init_options_init_sized(options, kEarlierSizes<DiffusionZInitOptions>[0]);
+}
+
+int32_t diffusionz_init_with_options(const char* model_path, const DiffusionZInitOptions* given, DiffusionZContext** out) {
     if (out) *out = nullptr;
     return guard([&] {
         if (!model_path) fail(DIFFUSIONZ_E_ARGUMENT, "model_path is NULL");
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
-        check_size("options", options);
-        if (options->cuda_graphs != 0 && options->cuda_graphs != 1)
-            fail(DIFFUSIONZ_E_ARGUMENT, "cuda_graphs is ", options->cuda_graphs, "; it must be 0 or 1");
-        const at::Device device = find_device(options->device_id);
-        const Placement placement{device, dtype_of(options->precision, device.is_cpu() ? at::kFloat : at::kBFloat16)};
-        want_threads(options->num_threads);
-        *out = new DiffusionZContext(model_path, placement);
+        const DiffusionZInitOptions options = read_struct("options", given);
+        if (options.cuda_graphs != 0 && options.cuda_graphs != 1)
+            fail(DIFFUSIONZ_E_ARGUMENT, "cuda_graphs is ", options.cuda_graphs, "; it must be 0 or 1");
+        if (options.max_vram_bytes < 0)
+            fail(DIFFUSIONZ_E_ARGUMENT, "max_vram_bytes is ", options.max_vram_bytes, "; it must be over 0, or 0 for no limit");
+        const std::vector<Placement> placements = placements_of(options);
+        want_threads(options.num_threads);
+        if (options.max_vram_bytes > 0) {
+            for (const Placement& placement : placements) limit_device_memory(placement.device, options.max_vram_bytes);
+        }
+        *out = new DiffusionZContext(model_path, placements, options);
     });
 }
 
 void diffusionz_free(DiffusionZContext* ctx) {
     if (!ctx) return;
-    guard([&] { ctx->engine.drain(); });
+    guard([&] { ctx->fleet.drain(); });
     delete ctx;
 }
 
@@ -166,9 +231,7 @@ int32_t diffusionz_memory_info(DiffusionZContext* ctx, DiffusionZMemoryInfo* inf
     return guard([&] {
         check_context(ctx);
         check_size("info", info);
-        info->shared_by = ctx->engine.shared_by();
-        info->weights_bytes = static_cast<int64_t>(ctx->engine.model().nbytes());
-        info->lora_bytes = ctx->engine.lora_bytes();
+        write_struct(ctx->fleet.memory(), info);
     });
 }
 
@@ -229,17 +292,19 @@ int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZReques
         if (count < 1 || count > kCountMax) fail(DIFFUSIONZ_E_ARGUMENT, "count is ", count, "; it must be from 1 to ", kCountMax);
         for (int32_t i = 0; i < count; ++i) {
             check_size("request", &requests[i]);
-            ctx->engine.check(requests[i]);
+            ctx->fleet.check(requests[i]);
         }
         watched.begin(count);
         apply_threads();
         const TaskEnd end(watched);
-        const auto pictures = ctx->engine.generate({requests, requests + count}, watched);
-        for (int32_t i = 0; i < count; ++i) {
-            const DiffusionZRequest& request = requests[i];
-            encode(results[i], pictures[static_cast<size_t>(i)].pixels.const_data_ptr<uint8_t>(), request.width, request.height,
-                   request.format, request.quality, request.embed_metadata ? ctx->engine.metadata(request) : std::string());
-        }
+        Encoders encoders(/*alone=*/count == 1);
+        ctx->fleet.generate({requests, static_cast<size_t>(count)}, watched, [&](size_t i, Picture picture) {
+            encoders.add([ctx, &request = requests[i], &result = results[i], picture = std::move(picture)] {
+                encode(result, picture.pixels.const_data_ptr<uint8_t>(), request.width, request.height, request.format,
+                       request.quality, request.embed_metadata ? ctx->fleet.metadata(request) : std::string());
+            });
+        });
+        encoders.finish();
     });
     if (status != DIFFUSIONZ_OK && writable) {
         for (int32_t i = 0; i < count; ++i) set_failure(results[i], status);
@@ -267,14 +332,14 @@ int32_t diffusionz_load_lora(DiffusionZContext* ctx, const char* lora_path, floa
     return guard([&] {
         check_context(ctx);
         if (!lora_path) fail(DIFFUSIONZ_E_ARGUMENT, "lora_path is NULL");
-        ctx->engine.load_lora(lora_path, weight);
+        ctx->fleet.load_lora(lora_path, weight);
     });
 }
 
 int32_t diffusionz_unload_lora(DiffusionZContext* ctx) {
     return guard([&] {
         check_context(ctx);
-        ctx->engine.unload_lora();
+        ctx->fleet.unload_lora();
     });
 }
 
@@ -321,8 +386,8 @@ int32_t diffusionz_request_metadata(const DiffusionZContext* ctx, const Diffusio
         check_context(ctx);
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
         check_size("request", request);
-        ctx->engine.check(*request);
-        *out = copy_string(ctx->engine.metadata(*request));
+        ctx->fleet.check(*request);
+        *out = copy_string(ctx->fleet.metadata(*request));
     });
 }
 

@@ -1,5 +1,7 @@
 #include "c_api/guard.h"
 
+#include "core/device.h"
+
 namespace diffusionz {
 
 std::string& last_error() noexcept {
@@ -14,6 +16,14 @@ int32_t remember(int32_t status, const char* message) noexcept {
         last_error().clear();
     }
     return status;
+}
+
+int32_t remember_out_of_memory(const std::string& message) noexcept {
+    try {
+        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, after_out_of_memory(message).c_str());
+    } catch (...) {
+        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, message.c_str());
+    }
 }
 
 }  // namespace diffusionz

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <new>
+#include <string>
 
 #include "core/error.h"
 
@@ -13,6 +14,9 @@ std::string& last_error() noexcept;
 
 // Remembers `message`; with memory gone it is cut rather than thrown over.
 int32_t remember(int32_t status, const char* message) noexcept;
+
+// Remembers that the device has no memory left, and gives back what was kept of it.
+int32_t remember_out_of_memory(const std::string& message) noexcept;
 
 // Runs `body` and gives its status.
 template <class Body>
@@ -24,11 +28,15 @@ int32_t guard(Body&& body) noexcept {
     } catch (const Error& e) {
         return remember(e.status(), e.what());
     } catch (const c10::OutOfMemoryError& e) {
-        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, e.what_without_backtrace());
+        return remember_out_of_memory(e.what_without_backtrace());
     } catch (const c10::Error& e) {
-        // LibTorch's host allocator has no type of its own for this.
+        // LibTorch's host allocator has no type of its own for running out of memory.
         const std::string what = e.what_without_backtrace();
         if (what.find("DefaultCPUAllocator") != std::string::npos) return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, what.c_str());
+        // What CUDA's libraries allocate on their own.
+        for (const char* sign : {"CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"}) {
+            if (what.find(sign) != std::string::npos) return remember_out_of_memory(what);
+        }
         if (what.find("CUDA error") != std::string::npos) return remember(DIFFUSIONZ_E_DEVICE, what.c_str());
         return remember(DIFFUSIONZ_E_INTERNAL, what.c_str());
     } catch (const std::bad_alloc&) {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <thread>
 
 #include "core/error.h"
 
@@ -16,12 +17,15 @@ public:
     void begin(int32_t image_count) {
         if (used_.exchange(true)) fail(DIFFUSIONZ_E_ARGUMENT, "the task has served a call already; each call needs a new one");
         image_count_ = image_count;
+        owner_ = std::this_thread::get_id();
         entered_ = Clock::now();
         stage_ = DIFFUSIONZ_STAGE_QUEUED;
     }
 
-    // The running call only: moves to `stage` and books the time since the last move to the stage left.
+    // The running call only: moves to `stage` and books the time since the last move to the stage left. Of a call's threads the one
+    // that began it is heard: pictures that are drawn side by side have no one stage.
     void enter(int32_t stage) {
+        if (std::this_thread::get_id() != owner_) return;
         const auto now = Clock::now();
         auto& spent = stage_ms_[static_cast<size_t>(stage_.load())];
         spent = spent + std::chrono::duration<float, std::milli>(now - entered_).count();
@@ -29,7 +33,7 @@ public:
         stage_ = stage;
     }
     void set_step_count(int32_t count) { step_count_ = count; }
-    void add_steps(int32_t count) { step_ = step_ + count; }
+    void add_steps(int32_t count) { step_ += count; }
     void add_image() { ++image_; }
 
     void cancel() { cancelled_ = true; }
@@ -58,6 +62,7 @@ private:
     std::atomic<bool> used_{false}, cancelled_{false};
     std::atomic<int32_t> stage_{DIFFUSIONZ_STAGE_IDLE}, step_{0}, step_count_{0}, image_{0}, image_count_{0};
     std::array<std::atomic<float>, DIFFUSIONZ_STAGE_FORECAST + 1> stage_ms_{};
+    std::thread::id owner_;
     Clock::time_point entered_;
 };
 
