@@ -1,4 +1,4 @@
-"""The command `diffusionz`: generate, forecast, info, pull, wallet.
+"""The command `diffusionz`: generate, forecast, info, pull, bench, wallet.
 
 Exit status: 0 done, 1 it failed, 2 wrong use, 130 stopped by Ctrl-C. Results go to stdout; a failure is one line on
 stderr (`python -X dev -m diffusionz ...` shows the traceback instead). What a command does not need is not imported: a
@@ -73,6 +73,19 @@ examples:
 
 The files go to the hub's local cache (HF_HOME says where), and only those that are needed. An interrupted download is
 resumed. Nothing else ever downloads.
+"""
+
+_BENCH_EPILOG = """\
+examples:
+  diffusionz bench --gpu                           pictures and forecasts of the released models' sizes, random weights
+  diffusionz bench --gpu --peers --record runs.csv beside diffusers and chronos-forecasting, where they are installed
+  diffusionz bench --gpu --model ./Z-Image-Turbo   your own weights
+  diffusionz bench --quality --model ./Z-Image-Turbo --precision fp8 -o sheet.png
+                                                   how far pictures in fp8 are from float32's, beside bfloat16's
+  diffusionz bench --quality --model ./chronos-2 --precision float16
+
+--gpu times whole calls, warm: medians, with the 10th and 90th percentile. The random models take 21 GB of --scratch
+while it runs. --quality draws and forecasts in float32, in bfloat16 and in --precision, and runs on the CPU as well.
 """
 
 
@@ -197,6 +210,23 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     pull.add_argument("model", metavar="ORG/NAME", help="a hub id")
     pull.add_argument("--json", action="store_true", help="print the result as JSON")
     pull.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+    bench = command("bench", "measure this machine's speed, or a precision's quality", _BENCH_EPILOG, _bench)
+    add = bench.add_argument
+    what = bench.add_mutually_exclusive_group(required=True)
+    what.add_argument("--gpu", action="store_true", help="speed on a GPU")
+    what.add_argument("--quality", action="store_true", help="pictures or forecasts in --precision beside float32's")
+    add("--model", metavar="MODEL", help="a bundled model's name, a folder, or a pulled hub id (--quality: demo)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--only", type=_names, default=[], metavar="FAMILY,...", help="--gpu: zimage, chronos2 (default: both)")
+    add("--peers", action="store_true", help="--gpu: measure diffusers and chronos-forecasting beside it")
+    add("--record", metavar="CSV", help="--gpu: append the rows to this file")
+    add("--scratch", metavar="FOLDER", help="--gpu: where the random models are written for the while")
+    add("--precision", default="bfloat16", help="--quality: of which precision (default: bfloat16)")
+    add("--pictures", type=int, default=8, metavar="N", help="--quality: how many to draw (default: 8)")
+    add("--size", type=int, metavar="N", help="--quality: side in pixels (default: what the model was made for)")
+    add("-o", "--output", metavar="FILE", help="--quality: a contact sheet to write, .png or .webp")
+    add("--json", action="store_true", help="print the result as JSON")
 
     payments = commands.add_parser("wallet", help="keep prepaid credit: deposits, sweeps, audits", allow_abbrev=False)
     if wallet:
@@ -407,6 +437,15 @@ def _pull(args: argparse.Namespace) -> int:
         _print_json({"model": args.model, "path": folder})
     elif not args.quiet:
         print(folder)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from diffusionz.bench import command
+
+    result = command.quality(args) if args.quality else command.gpu(args)
+    if args.json:
+        _print_json(result)
     return 0
 
 

@@ -1,0 +1,1 @@
+"""`diffusionz bench`: how fast this machine's GPU is, and what a lower precision costs in quality."""
