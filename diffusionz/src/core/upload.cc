@@ -62,6 +62,7 @@ Upload::Upload(c10::Device device) {
 }
 
 void Upload::copy(const MappedFile& file, size_t offset, size_t size_bytes, void* to) {
+    const std::lock_guard caller(caller_);
     const cudaStream_t current = c10::cuda::getCurrentCUDAStream(device_->index).stream();
     // The memory may still be read by what the current stream has yet to do.
     C10_CUDA_CHECK(cudaEventRecord(device_->begun, current));

@@ -26,7 +26,7 @@ public:
     Upload& operator=(const Upload&) = delete;
 
     // Copies `size_bytes` of `file` from `offset` to device memory that the current stream has allocated. Returns once the copies
-    // are sent; the current stream waits for them. Fails as the file's read does. One caller at a time.
+    // are sent; the current stream waits for them. Fails as the file's read does.
     void copy(const MappedFile& file, size_t offset, size_t size_bytes, void* to);
 
 private:
@@ -39,6 +39,7 @@ private:
     void work(size_t worker, const std::stop_token& stop);
 
     std::unique_ptr<Device> device_;
+    std::mutex caller_;  // one at a time
     std::mutex mutex_;
     std::condition_variable_any changed_;
     std::deque<Piece> pieces_;

@@ -57,41 +57,44 @@ TextEncoderConfig TextEncoderConfig::from_shapes(const Checkpoint& checkpoint) {
     return config;
 }
 
-TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights)
+TextEncoder::TextEncoder(const TextEncoderConfig& config, const Weights& weights, bool streamed)
     : config_(config), placement_(weights.placement()) {
     const int64_t width = config.hidden_size, d = config.head_dim;
     embedding_ = weights.get_on_host("embed_tokens.weight", {config.vocab_size, width});
     for (int64_t i = 0; i + 1 < config.num_layers; ++i) {
         const Weights layer = weights.below(concat("layers.", i, "."));
-        const Weights attention = layer.below("self_attn.");
-        const auto projection = [&](const char* name, int64_t heads) {
-            return attention.get(concat(name, "_proj.weight"), {heads * d, width});
-        };
-        const auto bias = [&](const char* name, int64_t heads) { return attention.get(concat(name, "_proj.bias"), {heads * d}); };
-        at::Tensor qkv_bias, out_bias;
-        if (config.attention_bias) {
-            qkv_bias = at::cat({bias("q", config.num_heads), bias("k", config.num_kv_heads), bias("v", config.num_kv_heads)});
-            out_bias = attention.get("o_proj.bias", {width});
-        }
-        layers_.push_back({
-            Linear(at::cat({projection("q", config.num_heads), projection("k", config.num_kv_heads),
-                            projection("v", config.num_kv_heads)}),
-                   qkv_bias),
-            Linear(attention.get("o_proj.weight", {width, config.num_heads * d}), out_bias),
-            Linear(at::cat({layer.get("mlp.gate_proj.weight", {config.intermediate_size, width}),
-                            layer.get("mlp.up_proj.weight", {config.intermediate_size, width})})),
-            Linear(layer.get("mlp.down_proj.weight", {width, config.intermediate_size})),
-            layer.get("input_layernorm.weight", {width}),
-            layer.get("post_attention_layernorm.weight", {width}),
-            attention.get("q_norm.weight", {d}),
-            attention.get("k_norm.weight", {d}),
-        });
+        norms_.push_back({layer.get("input_layernorm.weight", {width}), layer.get("post_attention_layernorm.weight", {width}),
+                          layer.get("self_attn.q_norm.weight", {d}), layer.get("self_attn.k_norm.weight", {d})});
+        // Loaded even where it is not kept: a damaged file should be known now.
+        Layer products = load_layer(weights, static_cast<size_t>(i));
+        if (!streamed) layers_.push_back(std::move(products));
         weights.checkpoint().release_pages();
     }
+    if (streamed) streamed_ = weights;
     const auto f32 = at::TensorOptions().dtype(at::kFloat);
     const at::Tensor inverse_frequencies = at::reciprocal(at::pow(config.rope_theta, at::arange(0, d, 2, f32) / d));
     const at::Tensor angles = at::outer(at::arange(kTokensMax, f32), inverse_frequencies);
     rope_ = at::complex(angles.cos(), angles.sin()).to(placement_.device);
+}
+
+TextEncoder::Layer TextEncoder::load_layer(const Weights& weights, size_t i) const {
+    const int64_t width = config_.hidden_size, d = config_.head_dim, ffn = config_.intermediate_size;
+    const int64_t heads = config_.num_heads, kv_heads = config_.num_kv_heads;
+    const Weights layer = weights.below(concat("layers.", i, "."));
+    const Weights attention = layer.below("self_attn.");
+    at::Tensor qkv_bias, out_bias;
+    if (config_.attention_bias) {
+        qkv_bias = attention.get_fused({"q_proj.bias", "k_proj.bias", "v_proj.bias"}, {{heads * d}, {kv_heads * d}, {kv_heads * d}});
+        out_bias = attention.get("o_proj.bias", {width});
+    }
+    return {
+        Linear(attention.get_fused({"q_proj.weight", "k_proj.weight", "v_proj.weight"},
+                                   {{heads * d, width}, {kv_heads * d, width}, {kv_heads * d, width}}),
+               qkv_bias),
+        Linear(attention.get("o_proj.weight", {width, heads * d}), out_bias),
+        Linear(layer.get_fused({"mlp.gate_proj.weight", "mlp.up_proj.weight"}, {{ffn, width}, {ffn, width}})),
+        Linear(layer.get("mlp.down_proj.weight", {width, ffn})),
+    };
 }
 
 at::Tensor TextEncoder::embed(const std::vector<int32_t>& ids) const {
@@ -112,19 +115,22 @@ at::Tensor TextEncoder::forward(const at::Tensor& embedded) const {
     const int64_t d = config_.head_dim, heads = config_.num_heads, kv_heads = config_.num_kv_heads;
     const double eps = config_.rms_norm_eps;
     const at::Tensor rope = rope_.narrow(0, 0, embedded.size(0));
-    if (layers_.empty()) return embedded;
+    if (norms_.empty()) return embedded;
     at::Tensor x = embedded.unsqueeze(0);
-    Activation normed = modulated_norm(x, layers_.front().input_norm, eps, {});
-    for (size_t i = 0; i < layers_.size(); ++i) {
-        const Layer& layer = layers_[i];
+    Activation normed = modulated_norm(x, norms_.front().input, eps, {});
+    for (size_t i = 0; i < norms_.size(); ++i) {
+        const Norms& norms = norms_[i];
+        std::optional<Layer> fetched;
+        if (streamed_) fetched = load_layer(*streamed_, i);
+        const Layer& layer = fetched ? *fetched : layers_[i];
         const auto qkv =
-            qk_norm_rope(layer.qkv(normed), layer.q_norm, layer.k_norm, eps, rope, heads, kv_heads, RopePairs::halves)
+            qk_norm_rope(layer.qkv(normed), norms.q, norms.k, eps, rope, heads, kv_heads, RopePairs::halves)
                 .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
         const at::Tensor attended = attention(qkv[0].unflatten(-1, {heads, d}), qkv[1].unflatten(-1, {kv_heads, d}),
                                               qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/true);
-        Residual residual = gated_residual(x, layer.out(attended), {}, eps, {}, layer.post_attention_norm, {});
+        Residual residual = gated_residual(x, layer.out(attended), {}, eps, {}, norms.post_attention, {});
         const Activation gated = gated_linear(layer.gate_up, residual.normed, nullptr, Form::plain);
-        const at::Tensor next_norm = i + 1 < layers_.size() ? layers_[i + 1].input_norm : at::Tensor();
+        const at::Tensor next_norm = i + 1 < norms_.size() ? norms_[i + 1].input : at::Tensor();
         residual = gated_residual(residual.sum, layer.down(gated), {}, eps, {}, next_norm, {});
         x = residual.sum;
         normed = residual.normed;
@@ -137,7 +143,7 @@ at::Tensor TextEncoder::encode(const std::vector<int32_t>& ids) const {
 }
 
 size_t TextEncoder::nbytes() const {
-    size_t total = embedding_.nbytes();
+    size_t total = placement_.device.is_cpu() ? embedding_.nbytes() : 0;
     for (const Layer& layer : layers_)
         total += layer.qkv.nbytes() + layer.out.nbytes() + layer.gate_up.nbytes() + layer.down.nbytes();
     return total;

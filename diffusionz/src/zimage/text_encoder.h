@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "core/json_file.h"
@@ -34,7 +35,8 @@ public:
     static constexpr int64_t kTokensMax = 512;      // as the reference cuts a prompt
     static constexpr int64_t kTokensMultiple = 32;  // on CUDA a prompt is padded to it, so that few graphs serve all lengths
 
-    TextEncoder(const TextEncoderConfig& config, const Weights& weights);
+    // `streamed`: the layers stay where `weights` has them, and each comes to the device when forward() is at it.
+    TextEncoder(const TextEncoderConfig& config, const Weights& weights, bool streamed = false);
 
     // Features [tokens, hidden_size] of at most kTokensMax `ids`, on the model's device.
     at::Tensor encode(const std::vector<int32_t>& ids) const;
@@ -44,18 +46,25 @@ public:
     at::Tensor forward(const at::Tensor& embedded) const;
 
     const TextEncoderConfig& config() const { return config_; }
+    // Of what is on the device all the time.
     size_t nbytes() const;
 
 private:
     struct Layer {
         Linear qkv, out, gate_up, down;
-        at::Tensor input_norm, post_attention_norm, q_norm, k_norm;
     };
+    struct Norms {
+        at::Tensor input, post_attention, q, k;
+    };
+
+    Layer load_layer(const Weights& weights, size_t i) const;
 
     TextEncoderConfig config_;
     Placement placement_;
     at::Tensor embedding_;       // [vocab, hidden], on the host as stored: only a prompt's rows are ever needed on the device
-    std::vector<Layer> layers_;  // all but the last, whose output Z-Image does not use
+    std::vector<Norms> norms_;   // of all layers but the last, whose output Z-Image does not use
+    std::vector<Layer> layers_;  // their products; none when they are streamed
+    std::optional<Weights> streamed_;
     at::Tensor rope_;            // [kTokensMax, head_dim / 2] complex64
 };
 
