@@ -112,14 +112,14 @@ void run(const char* plan_path) {
             std::vector<at::Tensor> steps;
             engine.watch_latents([&](const at::Tensor& latents) { steps.push_back(latents); });
             Task task;
-            engine.generate({request}, task);
+            engine.draw(request, task);
             out = at::cat(steps);
         } else if (kind == "decode" || kind == "time_decode") {
             const at::Tensor latents = input(stage, "latents");
-            const auto call = [&] { return model.vae().decode_raw(latents); };
+            const auto call = [&] { return model.vae()->decode_raw(latents); };
             out = kind == "time_decode" ? seconds_of(stage.at("repeats"), call) : call();
         } else if (kind == "encode") {
-            out = model.vae().encode(input(stage, "image").to(at::kByte), input(stage, "noise"));
+            out = model.vae()->encode(input(stage, "image").to(at::kByte), input(stage, "noise"));
         } else {
             fail(DIFFUSIONZ_E_ARGUMENT, "unknown stage '", kind, "'");
         }

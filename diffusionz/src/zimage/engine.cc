@@ -47,10 +47,10 @@ at::Tensor to_host(const at::Tensor& pixels, const WorkStream& stream) {
 
 }  // namespace
 
-Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs, int64_t /*max_vram_bytes*/)
+Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs, int64_t max_vram_bytes)
     : model_([&] {
           const c10::InferenceMode inference;
-          return Model::load(path, placement);
+          return Model::load(path, placement, max_vram_bytes);
       }()),
       stream_(placement.device),
       graphs_(placement.device, cuda_graphs && !kernel_disabled("graphs") && !trace_from_environment()),
@@ -85,7 +85,7 @@ void Engine::check(const DiffusionZRequest& request) const {
     if (request.init_image) {
         if (!(request.strength > 0 && request.strength <= 1))
             fail(DIFFUSIONZ_E_ARGUMENT, "strength is ", request.strength, "; it must be over 0 and at most 1");
-        if (!model_->vae().has_encoder())
+        if (!model_->has_vae_encoder())
             fail(DIFFUSIONZ_E_ARGUMENT, "image to image needs the VAE's encoder, and this model has none");
     }
     if (request.format < DIFFUSIONZ_FORMAT_WEBP || request.format > DIFFUSIONZ_FORMAT_RGB)
@@ -94,7 +94,7 @@ void Engine::check(const DiffusionZRequest& request) const {
         fail(DIFFUSIONZ_E_ARGUMENT, "quality is ", request.quality, "; it must be from 0 to 100");
     if (model_->placement().device.is_cpu()) {
         // The kernel promises memory that it does not have and ends the process that uses it: so it is asked before.
-        const int64_t needed = model_->vae().decode_nbytes(request.height, request.width), free = host_free_memory();
+        const int64_t needed = model_->vae()->decode_nbytes(request.height, request.width), free = host_free_memory();
         if (needed > free) {
             fail(DIFFUSIONZ_E_OUT_OF_MEMORY, "a picture of ", request.width, " x ", request.height, " needs about ", needed >> 20,
                  " MiB to decode; the host has ", free >> 20, " MiB free");
@@ -109,18 +109,6 @@ int32_t Engine::steps_of(const DiffusionZRequest& request) { return request.num_
 void Engine::forget_graphs() {
     const CallQueue::Turn turn(queue_);
     graphs_.clear();
-}
-
-std::vector<Picture> Engine::generate(const std::vector<DiffusionZRequest>& requests, Task& task) {
-    int32_t steps = 0;
-    for (const DiffusionZRequest& request : requests) steps += steps_of(request);
-    task.set_step_count(steps);
-    std::vector<Picture> pictures;
-    for (const DiffusionZRequest& request : requests) {
-        pictures.push_back(draw(request, task));
-        task.add_image();
-    }
-    return pictures;
 }
 
 Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
@@ -141,10 +129,12 @@ Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
     latents = sampler_.run(std::move(latents), sigmas, times, captions, guidance, lora, task, latents_watcher_);
     task.enter(DIFFUSIONZ_STAGE_DECODE);
     task.check();
-    const Vae& vae = model_->vae();
-    const at::Tensor pixels = graphs_.run("decode", {latents}, [&] {
-        return [&vae](const std::vector<at::Tensor>& inputs) { return vae.decode_on_device(inputs[0]); };
-    });
+    const std::shared_ptr<const Vae> vae = model_->vae();
+    const GraphCache::Function decode = [&vae = *vae](const std::vector<at::Tensor>& inputs) {
+        return vae.decode_on_device(inputs[0]);
+    };
+    // A graph has the addresses of weights in it, so only weights that stay can be in one.
+    const at::Tensor pixels = model_->residence().vae ? graphs_.run("decode", {latents}, [&] { return decode; }) : decode({latents});
     return {to_host(pixels, stream_).squeeze(0)};
 }
 
@@ -159,17 +149,18 @@ at::Tensor Engine::features(const std::vector<int32_t>& ids) {
         return known->second;
     }
     const TextEncoder& encoder = model_->text_encoder();
-    const at::Tensor padded = graphs_.run("text", {encoder.embed(ids).to(model_->placement().device)}, [&] {
-        return [&encoder](const std::vector<at::Tensor>& inputs) { return encoder.forward(inputs[0]); };
-    });
+    const at::Tensor embedded = encoder.embed(ids).to(model_->placement().device);
+    const GraphCache::Function encode = [&encoder](const std::vector<at::Tensor>& inputs) { return encoder.forward(inputs[0]); };
+    const at::Tensor padded =
+        model_->residence().text_encoder ? graphs_.run("text", {embedded}, [&] { return encode; }) : encode({embedded});
     if (features_.size() == kFeaturesMax) features_.pop_back();
     features_.emplace_front(ids, padded.narrow(0, 0, static_cast<int64_t>(ids.size())).clone());
     return features_.front().second;
 }
 
 at::Tensor Engine::start(const DiffusionZRequest& request, std::vector<float>& sigmas) const {
-    const int64_t scale = model_->vae().config().scale();
-    const std::vector<int64_t> shape = {1, model_->vae().config().latent_channels, request.height / scale, request.width / scale};
+    const int64_t scale = model_->vae_config().scale();
+    const std::vector<int64_t> shape = {1, model_->vae_config().latent_channels, request.height / scale, request.width / scale};
     // The CPU's generator on every device: the same seed is the same picture anywhere, and diffusers' with a CPU generator.
     auto generator = at::detail::createCPUGenerator(static_cast<uint64_t>(request.seed));
     const auto normal = [&] {
@@ -180,7 +171,9 @@ at::Tensor Engine::start(const DiffusionZRequest& request, std::vector<float>& s
     const at::Tensor posterior_noise = normal(), noise = normal();
     const at::Tensor pixels = at::from_blob(const_cast<uint8_t*>(request.init_image), {request.height, request.width, 3},
                                             at::TensorOptions().dtype(at::kByte));
-    const at::Tensor image = model_->vae().encode(pixels, posterior_noise);
+    const std::shared_ptr<const Vae> vae = model_->vae();
+    const at::Tensor image = vae->encode(pixels, posterior_noise);
+    if (!model_->residence().vae) stream_.synchronize();  // before its weights go
     sigmas.erase(sigmas.begin(), sigmas.begin() + steps_skipped(request));
     return noise * sigmas.front() + image * (1.0f - sigmas.front());
 }
@@ -263,7 +256,7 @@ std::string Engine::metadata(const DiffusionZRequest& request) const {
         json["lora_weight"] = decimal(request.lora_weight);
     }
     json["model"] = model_->path().filename().string();
-    json["precision"] = model_->placement().dtype == at::kFloat ? "float32" : "bfloat16";
+    json["precision"] = precision_name(model_->placement());
     json["version"] = "diffusionz " DIFFUSIONZ_VERSION;
     return json.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
@@ -271,12 +264,12 @@ std::string Engine::metadata(const DiffusionZRequest& request) const {
 std::string Engine::info() const {
     const TransformerConfig& transformer = model_->transformer().config();
     const TextEncoderConfig& text_encoder = model_->text_encoder().config();
-    const VaeConfig& vae = model_->vae().config();
+    const VaeConfig& vae = model_->vae_config();
     nlohmann::ordered_json json;
     json["family"] = "zimage";
     json["path"] = model_->path().string();
     json["device"] = model_->placement().device.str();
-    json["precision"] = model_->placement().dtype == at::kFloat ? "float32" : "bfloat16";
+    json["precision"] = precision_name(model_->placement());
     json["weights_bytes"] = model_->nbytes();
     json["transformer"] = {{"dim", transformer.dim},
                            {"layers", transformer.num_layers},
@@ -287,7 +280,7 @@ std::string Engine::info() const {
         {"hidden_size", text_encoder.hidden_size}, {"layers", text_encoder.num_layers}, {"vocab_size", text_encoder.vocab_size}};
     json["vae"] = {{"block_out_channels", vae.block_out_channels},
                    {"latent_channels", vae.latent_channels},
-                   {"encoder", model_->vae().has_encoder()}};
+                   {"encoder", model_->has_vae_encoder()}};
     json["scheduler"] = {{"shift", model_->scheduler().shift},
                          {"use_dynamic_shifting", model_->scheduler().use_dynamic_shifting}};
     json["size"] = {{"default", std::max(vae.sample_size / model_->size_multiple(), int64_t{1}) * model_->size_multiple()},
