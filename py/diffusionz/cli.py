@@ -171,8 +171,9 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     add("--count", type=int, default=1, metavar="N", help="pictures to draw, of seeds SEED, SEED+1, ... (default: 1)")
     add("--quality", type=int, default=90, metavar="Q", help="of lossy .webp, 0..100 (default: 90)")
     add("--lossless", action="store_true", help="lossless .webp")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--precision", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N, or several: cuda:0,cuda:1 (default: auto)")
+    add("--precision", default="auto", help="auto, float32, bfloat16, or fp8 on newer GPUs (default: auto)")
+    add("--max-vram", metavar="SIZE", help="GPU memory to take at most, 8GB or so (default: no limit)")
     add("--json", action="store_true", help="print the result as JSON")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
 
@@ -198,7 +199,7 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     add("--model", default="demo", help="a bundled model's name, a folder, or a pulled hub id (default: demo)")
     add("--lora", metavar="FOLDER", help="an adapter that upstream's fit wrote")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--precision", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    add("--precision", default="auto", help="auto, float32, tf32, float16 or bfloat16 (default: auto)")
     add("--json", action="store_true", help="print the result as JSON")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
 
@@ -225,6 +226,7 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     add("--precision", default="bfloat16", help="--quality: of which precision (default: bfloat16)")
     add("--pictures", type=int, default=8, metavar="N", help="--quality: how many to draw (default: 8)")
     add("--size", type=int, metavar="N", help="--quality: side in pixels (default: what the model was made for)")
+    add("--layers", action="store_true", help="--quality: the error after each block of the transformer, too")
     add("-o", "--output", metavar="FILE", help="--quality: a contact sheet to write, .png or .webp")
     add("--json", action="store_true", help="print the result as JSON")
 
@@ -263,7 +265,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     from diffusionz.zimage import ZImage
 
-    with ZImage(args.model, device=args.device, precision=args.precision) as model:
+    with ZImage(args.model, device=args.device, precision=args.precision, max_vram=args.max_vram) as model:
         for path, weight in loras:
             model.load_lora(path, weight)
         images = model.generate_batch(

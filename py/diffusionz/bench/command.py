@@ -55,15 +55,18 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     if args.output is not None:
         format_of(args.output)
     model = args.model or "demo"
-    about = {"model": model, "device": args.device, "precision": args.precision}
+    about: dict[str, Any] = {"model": model, "device": args.device, "precision": args.precision}
     if is_forecaster(locate(model, "zimage")):
-        if args.output is not None:
-            raise ArgumentError("--output is for pictures, and this model forecasts")
+        if args.output is not None or args.layers:
+            raise ArgumentError("--output and --layers are for pictures, and this model forecasts")
         rows = quality.compare_forecasts(model, args.precision, args.device, _say)
         text = quality.forecasts_table(rows)
     else:
         rows = quality.compare_pictures(model, args.precision, args.device, args.pictures, args.size, args.output, _say)
         text = quality.pictures_table(rows)
+        if args.layers:
+            about["layers"] = quality.compare_layers(model, args.precision, args.device, args.size, _say)
+            text += "\n\n" + quality.layers_table(about["layers"])
     if not args.json:
         print(text)
     return about | {"rows": rows}

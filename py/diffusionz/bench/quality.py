@@ -188,6 +188,46 @@ def pictures_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def compare_layers(model: str, precision: str, device: str, side: int | None, say: Say) -> list[dict[str, Any]]:
+    """One dictionary a place between the transformer's blocks: "place", and for bfloat16 and `precision` the distance
+    of the numbers there from float32's, ||x - y|| / ||y||, in the first step of a picture. What a block adds is the
+    rise over the place before."""
+    import tempfile
+
+    import numpy
+
+    from diffusionz.zimage import ZImage
+
+    def trace(name: str) -> dict[str, NDArray[numpy.float32]]:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["DIFFUSIONZ_TRACE"] = folder  # read when a model is opened
+            try:
+                with ZImage(model, device=device, precision=name) as engine:
+                    engine.generate(PROMPTS[0], width=side, height=side, steps=1, seed=100, progress=False)
+            finally:
+                del os.environ["DIFFUSIONZ_TRACE"]
+            say(f"one step in {name}, block by block")
+            return {file[4:-4]: numpy.load(os.path.join(folder, file)) for file in sorted(os.listdir(folder))}
+
+    truth = trace("float32")
+    others = {name: trace(name) for name in dict.fromkeys(("bfloat16", precision)) if name != "float32"}
+
+    def distance(x: NDArray[numpy.float32], y: NDArray[numpy.float32]) -> float:
+        return float(numpy.linalg.norm(x.ravel().astype(numpy.float64) - y.ravel()) / numpy.linalg.norm(y.ravel()))
+
+    return [
+        {"place": place} | {name: distance(found[place], values) for name, found in others.items()}
+        for place, values in truth.items()
+    ]
+
+
+def layers_table(rows: Sequence[dict[str, Any]]) -> str:
+    names = [name for name in rows[0] if name != "place"]
+    lines = [f"{'after':28s}" + "".join(f"{name:>12s}" for name in names)]
+    lines += [f"{row['place']:28s}" + "".join(f"{row[name]:12.2e}" for name in names) for row in rows]
+    return "\n".join([*lines, "distance from float32: ||x - y|| / ||y||"])
+
+
 # --- Forecasts ---
 
 
