@@ -18,21 +18,31 @@ std::string model_key(const std::filesystem::path& path, const Placement& placem
 template <class Model>
 class ModelCache {
 public:
-    // The model of that key, made by `make` unless an engine still holds it.
+    // The model of that key, made by `make` unless an engine still holds it. However many ask for one model at once, it is read
+    // once; others are read meanwhile.
     template <class Make>
     std::shared_ptr<const Model> get(const std::string& key, Make&& make) {
-        // Held while loading: however many ask for one model at once, it is read once.
-        const std::lock_guard lock(mutex_);
-        std::erase_if(models_, [](const auto& entry) { return entry.second.expired(); });
-        auto& slot = models_[key];
-        std::shared_ptr<const Model> model = slot.lock();
-        if (!model) slot = model = make();
+        std::shared_ptr<Slot> slot;
+        {
+            const std::lock_guard lock(mutex_);
+            // Slots that nobody waits for, of models that are gone.
+            std::erase_if(slots_, [](const auto& entry) { return entry.second.use_count() == 1 && entry.second->model.expired(); });
+            slot = slots_.try_emplace(key, std::make_shared<Slot>()).first->second;
+        }
+        const std::lock_guard loading(slot->loading);
+        std::shared_ptr<const Model> model = slot->model.lock();
+        if (!model) slot->model = model = make();
         return model;
     }
 
 private:
+    struct Slot {
+        std::mutex loading;
+        std::weak_ptr<const Model> model;
+    };
+
     std::mutex mutex_;
-    std::map<std::string, std::weak_ptr<const Model>> models_;
+    std::map<std::string, std::shared_ptr<Slot>> slots_;
 };
 
 }  // namespace diffusionz
