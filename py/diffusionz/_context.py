@@ -17,13 +17,18 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-PRECISIONS = {"auto": 0, "float32": 1, "bfloat16": 2}  # DIFFUSIONZ_PRECISION_*
+PRECISIONS = {"auto": 0, "float32": 1, "bfloat16": 2, "fp8": 3, "float16": 4, "tf32": 5}  # DIFFUSIONZ_PRECISION_*
+
+_MEMORY = ("weights_bytes", "lora_bytes", "shared_by", "device_bytes", "device_peak_bytes", "device_held_bytes")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
 class Model:
     """A model that is loaded on a device. Subclasses say of which family, and what it does."""
 
     _FAMILY: ClassVar[str]
+    _PRECISIONS: ClassVar[tuple[str, ...]]
 
     model: str
     """The model as it was asked for."""
@@ -32,13 +37,13 @@ class Model:
     info: dict[str, Any]
     """What the model is; each family says more."""
 
-    def __init__(self, model: Path, device: str, precision: str) -> None:
+    def __init__(self, model: Path, precision: str) -> None:
         """Checks what can be checked before the library is loaded."""
         self._context: Any = None
         self.model = os.fspath(model)
         self.path = locate(model, self._FAMILY)
-        if precision not in PRECISIONS:
-            raise ArgumentError(f'precision is "{precision}"; it must be one of {", ".join(PRECISIONS)}')
+        if precision not in self._PRECISIONS:
+            raise ArgumentError(f'precision is "{precision}"; it must be one of {", ".join(self._PRECISIONS)}')
 
     def _load(
         self, options: Any, device: str, precision: str, threads: int, init: Any, free: Any, info: Any, memory: Any
@@ -48,7 +53,7 @@ class Model:
 
         from diffusionz._ffi import c_int, c_string, check, ffi, text
 
-        options.device_id = _device_id(str(device))
+        options.device_id = _device_id(device)
         options.precision = PRECISIONS[precision]
         options.num_threads = c_int("threads", threads)
         path = c_string("model", self.path)
@@ -64,23 +69,24 @@ class Model:
 
     @property
     def device(self) -> str:
-        """ "cpu" or "cuda:0"."""
+        """ "cpu" or "cuda:0"; of several "cuda:0,cuda:1"."""
         return str(self.info["device"])
 
     @property
     def precision(self) -> str:
-        """ "float32" or "bfloat16"."""
+        """ "float32", "bfloat16", ...: what "auto" came to."""
         return str(self.info["precision"])
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes on the model's device: "weights_bytes", shared by "shared_by" objects of the same model, and
-        "lora_bytes", this object's own."""
+        """Bytes on the model's devices: "weights_bytes", shared by "shared_by" objects of the same model, and "lora_bytes",
+        this object's own. Of the whole process on CUDA devices: "device_bytes" in use, "device_peak_bytes", the most
+        that were, and "device_held_bytes", in use or kept for the next call."""
         from diffusionz._ffi import check, ffi
 
         info = ffi.new("DiffusionZMemoryInfo *", {"struct_size": ffi.sizeof("DiffusionZMemoryInfo")})
         check(self._memory_info(self._alive(), info))
-        return {name: getattr(info, name) for name in ("weights_bytes", "lora_bytes", "shared_by")}
+        return {name: getattr(info, name) for name in _MEMORY}
 
     def close(self) -> None:
         """Frees the model, once calls that still run have returned. A second call is quiet."""
@@ -141,7 +147,7 @@ def watched(
 
 def _device_id(device: str) -> int:
     """The ABI's number for a device's name."""
-    kind, colon, index = device.partition(":")
+    kind, colon, index = str(device).partition(":")
     if device == "auto":
         from diffusionz._ffi import lib
 
@@ -151,3 +157,19 @@ def _device_id(device: str) -> int:
     if kind == "cuda" and (not colon or (index.isascii() and index.isdigit() and len(index) <= 4)):
         return int(index or 0)
     raise ArgumentError(f'device is "{device}"; it must be auto, cpu, cuda, or cuda:N')
+
+
+def byte_count(name: str, value: int | str | None) -> int:
+    """Bytes in a number or in "8GB", "7.5 GiB"; 0 for None."""
+    if value is None:
+        return 0
+    text = str(value).strip()
+    number = text.rstrip("BGIKMTbgikmt ")
+    unit = text[len(number) :].strip().upper()
+    try:
+        count = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        count = 0.0
+    if not 1 <= count < 2**63:
+        raise ArgumentError(f'{name} is "{value}"; it must be bytes, or a number with a unit: 8GB, 7.5GiB, 500MB')
+    return int(count)

@@ -51,7 +51,8 @@ class Chronos2(Model):
         model: a folder in upstream's layout (config.json, model.safetensors), the name of a bundled model ("demo"), or
             a hub id "org/name" that `diffusionz pull` has fetched. Nothing is downloaded here.
         device: "auto" (the first CUDA device, else the CPU), "cpu", "cuda", or "cuda:1".
-        precision: of the encoder's matrix products: "auto" (float32), "float32" or "bfloat16". All else is float32.
+        precision: of the encoder's matrix products: "auto" (float32), "float32", "tf32" (CUDA devices), "float16" or
+            "bfloat16". All else is float32.
         threads: CPU threads of the whole process; 0 leaves them as they are.
         lora: folder of an adapter that upstream's `fit` wrote, merged into the weights.
         working_memory_bytes: budget of a call beside its input and result; 0 picks one. A request of any size is cut
@@ -64,6 +65,7 @@ class Chronos2(Model):
     """
 
     _FAMILY = "chronos2"
+    _PRECISIONS = ("auto", "float32", "tf32", "float16", "bfloat16")
 
     info: dict[str, Any]
     """What the model is: family, path, device, precision, parameters, context_length and prediction_length (of one
@@ -79,7 +81,7 @@ class Chronos2(Model):
         lora: Path | None = None,
         working_memory_bytes: int = 0,
     ) -> None:
-        super().__init__(model, device, precision)
+        super().__init__(model, precision)
         from diffusionz._ffi import c_int, c_string, ffi, lib
 
         options = ffi.new("ChronosInitOptions *")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusionz._context import Model, watched
+from diffusionz._context import Model, _device_id, byte_count, watched
 from diffusionz._errors import ArgumentError, error_for
 from diffusionz.hub import Path
 from diffusionz.image import Image, to_rgb
@@ -25,10 +25,14 @@ class ZImage(Model):
     Parameters:
         model: a folder in the diffusers layout (or ComfyUI's, or one safetensors file), the name of a bundled model
             ("demo"), or a hub id "org/name" that `diffusionz pull` has fetched. Nothing is downloaded here.
-        device: "auto" (the first CUDA device, else the CPU), "cpu", "cuda", or "cuda:1".
-        precision: "auto" (bfloat16 on CUDA, float32 on the CPU), "float32" or "bfloat16".
+        device: "auto" (the first CUDA device, else the CPU), "cpu", "cuda", or "cuda:1". Several, as a list or
+            "cuda:0,cuda:1", draw side by side: a batch's pictures, and calls that queue, go to whichever is free.
+        precision: "auto" (bfloat16 on CUDA, float32 on the CPU), "float32", "bfloat16", or "fp8" (bfloat16, and the
+            transformer's large products in 8 bits; CUDA devices of compute capability 8.9 and later).
         threads: CPU threads of the whole process; 0 leaves them as they are.
         cuda_graphs: whether CUDA graphs may be captured: faster steps for some more memory.
+        max_vram: device memory that this process may take, on each device: bytes, or "8GB". Where the model does not fit, its
+            text encoder and VAE stay on the host and come for their stage only. The pictures are the same.
 
     Raises ArgumentError, ModelError, DeviceError, OutOfMemoryError.
 
@@ -37,6 +41,7 @@ class ZImage(Model):
     """
 
     _FAMILY = "zimage"
+    _PRECISIONS = ("auto", "float32", "bfloat16", "fp8")
 
     info: dict[str, Any]
     """What the model is: family, path, device, precision, parameter counts, sizes allowed, scheduler."""
@@ -45,20 +50,28 @@ class ZImage(Model):
         self,
         model: Path = "demo",
         *,
-        device: str = "auto",
+        device: str | Sequence[str] = "auto",
         precision: str = "auto",
         threads: int = 0,
         cuda_graphs: bool = True,
+        max_vram: int | str | None = None,
     ) -> None:
-        super().__init__(model, device, precision)
+        super().__init__(model, precision)
+        vram_bytes = byte_count("max_vram", max_vram)
         from diffusionz._ffi import ffi, lib
 
+        devices = [part.strip() for part in device.split(",")] if isinstance(device, str) else list(device)
+        if not devices:
+            raise ArgumentError("device is an empty list; it must name a device at least")
         options = ffi.new("DiffusionZInitOptions *")
         lib.diffusionz_init_options_init(options)
         options.cuda_graphs = bool(cuda_graphs)
+        options.max_vram_bytes = vram_bytes
+        device_ids = ffi.new("int32_t[]", [_device_id(name) for name in devices])
+        options.device_ids, options.device_count = device_ids, len(devices)
         self._load(
             options,
-            device,
+            devices[0],
             precision,
             threads,
             lib.diffusionz_init_with_options,
