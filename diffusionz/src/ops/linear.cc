@@ -3,6 +3,9 @@
 #include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#ifdef DIFFUSIONZ_WITH_CUDA
+#include "kernels/gemm_sm90.h"
+#endif
 #include "ops/cuda.h"
 #include "ops/disabled.h"
 #include "ops/quantize_rows.h"
@@ -26,29 +29,26 @@ at::Tensor dequantize(const at::Tensor& fp8, const at::Tensor& row_scales, at::S
     return fp8.to(at::kFloat).mul_(row_scales).to(dtype);
 }
 
-// Of x's device, as 10 major + minor; 0 of the CPU.
-int compute_capability(const at::Tensor& x) {
-#ifdef DIFFUSIONZ_WITH_CUDA
-    if (x.is_cuda()) {
-        int major = 0, minor = 0;
-        check_launch("linear", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device().index()));
-        check_launch("linear", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.device().index()));
-        return 10 * major + minor;
-    }
-#endif
-    (void)x;
-    return 0;
-}
-
 }  // namespace
 
 Linear::Linear(at::Tensor weight, at::Tensor bias, Products products)
     : weight_(std::move(weight)),
       bias_(std::move(bias)),
       dtype_(weight_.scalar_type()),
-      compute_capability_(compute_capability(weight_)),
       in_features_(weight_.size(1)),
       out_features_(weight_.size(0)) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    if (weight_.is_cuda()) {
+        const auto attribute = [&](cudaDeviceAttr name) {
+            int value = 0;
+            check_launch("linear", cudaDeviceGetAttribute(&value, name, weight_.device().index()));
+            return value;
+        };
+        compute_capability_ =
+            10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+        multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+    }
+#endif
     if (products == Products::fp8) {
         const Activation quantized = quantize_rows(weight_);
         weight_ = quantized.fp8;
@@ -68,8 +68,46 @@ at::Tensor Linear::product(const at::Tensor& x) const {
                            c10::impl::toList(c10::List<std::optional<at::Scalar>>()), ""});
 }
 
-at::Tensor Linear::fp8_product(const Activation& given) const {
-    const Activation x = given.fp8.defined() ? given : quantize_rows(given.plain);
+Activation Linear::readable(const Activation& x) const {
+    if (!quantized() || x.fp8.defined()) return x;
+    Activation both = quantize_rows(x.plain);
+    both.plain = x.plain;
+    return both;
+}
+
+at::Tensor Linear::own_product(const Activation& x, bool gated) const {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    static const bool disabled = kernel_disabled("gemm");
+    if (disabled || compute_capability_ != 90 || dtype_ != at::kBFloat16 || bias_.defined()) return {};
+    const at::Tensor factor = (quantized() ? x.fp8 : x.plain).contiguous(), weight = weight_.contiguous();
+    kernels::Gemm gemm;
+    gemm.x = factor.const_data_ptr();
+    gemm.weight = weight.const_data_ptr();
+    gemm.rows = factor.numel() / in_features_;
+    gemm.columns = out_features_;
+    gemm.depth = in_features_;
+    gemm.gated = gated;
+    at::Tensor scales;
+    if (quantized()) {
+        scales = x.row_scales.contiguous();
+        gemm.x_scales = scales.const_data_ptr<float>();
+        gemm.weight_scales = row_scales_.const_data_ptr<float>();
+    }
+    const int tile = kernels::gemm_sm90_tile(gemm, multiprocessors_);
+    if (tile < 0 || factor.scalar_type() != weight_.scalar_type()) return {};
+    auto shape = factor.sizes().vec();
+    shape.back() = gated ? out_features_ / 2 : out_features_;
+    at::Tensor y = at::empty(shape, factor.options().dtype(dtype_));
+    gemm.y = y.mutable_data_ptr();
+    check_launch("gemm", kernels::gemm_sm90(gemm, tile, multiprocessors_, current_stream(y)));
+    return y;
+#else
+    (void)x, (void)gated;
+    return {};
+#endif
+}
+
+at::Tensor Linear::fp8_product(const Activation& x) const {
     if (compute_capability_ < 89 || in_features_ % 16 != 0 || out_features_ % 16 != 0) {
         return at::linear(dequantize(x.fp8, x.row_scales, dtype_), dequantize(weight_, row_scales_, dtype_), optional(bias_));
     }
@@ -81,8 +119,10 @@ at::Tensor Linear::fp8_product(const Activation& given) const {
         .view(shape);
 }
 
-at::Tensor Linear::operator()(const Activation& x, const LoraPairs* lora) const {
-    at::Tensor y = quantized() ? fp8_product(x) : product(x.plain);
+at::Tensor Linear::operator()(const Activation& given, const LoraPairs* lora) const {
+    const Activation x = readable(given);
+    at::Tensor y = own_product(x, false);
+    if (!y.defined()) y = quantized() ? fp8_product(x) : product(x.plain);
     if (!lora) return y;
     const auto found = lora->find(this);
     if (found == lora->end()) return y;

@@ -8,6 +8,9 @@
 // whoever made it or else at every call. Sums are in float32, the result in the weight's dtype; bias and adapters stay in it, too.
 // Where the device has no FP8 products (the CPU, and GPUs before compute capability 8.9) and at sizes that are no multiples
 // of 16 the same numbers are multiplied in the weight's dtype.
+//
+// On Hopper, in bfloat16 and FP8, the sizes where kernels/gemm_sm90.cu is faster than the library go there
+// (DIFFUSIONZ_DISABLE_KERNELS=gemm sends them back).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -52,6 +55,11 @@ public:
     size_t nbytes() const;
 
 private:
+    friend Activation gated_linear(const Linear&, const Activation&, const LoraPairs*, Form);
+    // x with the factor that the product reads.
+    Activation readable(const Activation& x) const;
+    // The product by our own kernel, gated where asked for; undefined where that is not for this device, dtype or size.
+    at::Tensor own_product(const Activation& x, bool gated) const;
     at::Tensor product(const at::Tensor& x) const;
     at::Tensor fp8_product(const Activation& x) const;
 
@@ -59,7 +67,8 @@ private:
     at::Tensor row_scales_;  // float32 [out, 1], of an FP8 weight
     at::Tensor bias_;
     at::ScalarType dtype_ = at::kFloat;  // of the results
-    int compute_capability_ = 0;  // of the weight's device
+    int compute_capability_ = 0;  // of the weight's device, as 10 major + minor; 0 of the CPU
+    int multiprocessors_ = 0;
     bool reordered_ = false;
     int64_t in_features_ = 0;
     int64_t out_features_ = 0;
