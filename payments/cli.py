@@ -136,8 +136,9 @@ they have again: how much that can be is printed. The old database is kept. Unti
 """
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Fills in the parser of `diffusionz wallet`."""
+def add_commands(parser: argparse.ArgumentParser, new_command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Fills in the parser of `diffusionz wallet`. `new_command(commands, name, help, epilog, run)` is how the program
+    around it makes the parser of a command."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=type(parser))
@@ -145,15 +146,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     def command(
         name: str, help: str, epilog: str, run: Callable[[argparse.Namespace], int], *, config: bool = True
     ) -> Callable[..., argparse.Action]:
-        added: argparse.ArgumentParser = commands.add_parser(
-            name,
-            help=help,
-            description=help[0].upper() + help[1:] + ".",
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        added.set_defaults(run=lambda args: _run(run, args))
+        added = new_command(commands, name, help, epilog, lambda args: _run(run, args))
         if config:
             added.add_argument("--config", metavar="FILE", help=f"the settings (default: {CONFIG} here)")
         added.add_argument("--json", action="store_true", help="print the result as JSON")

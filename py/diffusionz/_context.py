@@ -79,9 +79,9 @@ class Model:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes on the model's devices: "weights_bytes", shared by "shared_by" objects of the same model, and "lora_bytes",
-        this object's own. Of the whole process on CUDA devices: "device_bytes" in use, "device_peak_bytes", the most
-        that were, and "device_held_bytes", in use or kept for the next call."""
+        """Bytes on the model's devices: "weights_bytes", shared by "shared_by" objects of the same model, and
+        "lora_bytes", this object's own. Of the whole process on CUDA devices: "device_bytes" in use,
+        "device_peak_bytes", the most that were, and "device_held_bytes", in use or kept for the next call."""
         from diffusionz._ffi import check, ffi
 
         info = ffi.new("DiffusionZMemoryInfo *", {"struct_size": ffi.sizeof("DiffusionZMemoryInfo")})

@@ -129,21 +129,22 @@ def _reason(error: Exception) -> str:
     return " ".join(reason.split())
 
 
+def _command(commands: Any, name: str, help: str, epilog: str, run: Any) -> argparse.ArgumentParser:
+    """A command's parser, among `commands` (what `add_subparsers` gives), of the form that all of them have."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
 def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     """`wallet`: with what `diffusionz wallet` understands, which is imported for it alone."""
-
-    def command(name: str, help: str, epilog: str, run: Any) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = commands.add_parser(
-            name,
-            help=help,
-            description=help[0].upper() + help[1:] + ".",
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        parser.set_defaults(run=run)
-        return parser
-
     parser = _Parser(
         prog="diffusionz",
         description=_DESCRIPTION,
@@ -154,7 +155,7 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
 
-    generate = command("generate", "draw a picture of a prompt", _GENERATE_EPILOG, _generate)
+    generate = _command(commands, "generate", "draw a picture of a prompt", _GENERATE_EPILOG, _generate)
     add = generate.add_argument
     add("prompt", metavar="PROMPT", help="what to draw")
     add("-o", "--output", metavar="FILE", required=True, help="the file to write, .png or .webp")
@@ -177,7 +178,9 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the result as JSON")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
 
-    forecast = command("forecast", "forecast time series from a file of numbers", _FORECAST_EPILOG, _forecast)
+    forecast = _command(
+        commands, "forecast", "forecast time series from a file of numbers", _FORECAST_EPILOG, _forecast
+    )
     add = forecast.add_argument
     add("file", metavar="FILE", help=".csv or .parquet, - for CSV from stdin, or the name of a series of the package")
     add("-o", "--output", metavar="FILE", help="the file to write, .csv or .parquet, or - for CSV to stdout")
@@ -203,16 +206,16 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the result as JSON")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
 
-    info = command("info", "say what the library, a model or a picture is", _INFO_EPILOG, _info)
+    info = _command(commands, "info", "say what the library, a model or a picture is", _INFO_EPILOG, _info)
     info.add_argument("target", metavar="MODEL_OR_FILE", nargs="?", help="a model or a picture")
     info.add_argument("--json", action="store_true", help="print JSON")
 
-    pull = command("pull", "fetch a model from the hub into the local cache", _PULL_EPILOG, _pull)
+    pull = _command(commands, "pull", "fetch a model from the hub into the local cache", _PULL_EPILOG, _pull)
     pull.add_argument("model", metavar="ORG/NAME", help="a hub id")
     pull.add_argument("--json", action="store_true", help="print the result as JSON")
     pull.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
-    bench = command("bench", "measure this machine's speed, or a precision's quality", _BENCH_EPILOG, _bench)
+    bench = _command(commands, "bench", "measure this machine's speed, or a precision's quality", _BENCH_EPILOG, _bench)
     add = bench.add_argument
     what = bench.add_mutually_exclusive_group(required=True)
     what.add_argument("--gpu", action="store_true", help="speed on a GPU")
@@ -234,7 +237,7 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     if wallet:
         from diffusionz.payments.cli import add_commands
 
-        add_commands(payments)
+        add_commands(payments, _command)
     return parser
 
 

@@ -31,8 +31,8 @@ class ZImage(Model):
             transformer's large products in 8 bits; CUDA devices of compute capability 8.9 and later).
         threads: CPU threads of the whole process; 0 leaves them as they are.
         cuda_graphs: whether CUDA graphs may be captured: faster steps for some more memory.
-        max_vram: device memory that this process may take, on each device: bytes, or "8GB". Where the model does not fit, its
-            text encoder and VAE stay on the host and come for their stage only. The pictures are the same.
+        max_vram: device memory that this process may take, on each device: bytes, or "8GB". Where the model does not
+            fit, its text encoder and VAE stay on the host and come for their stage only. The pictures are the same.
 
     Raises ArgumentError, ModelError, DeviceError, OutOfMemoryError.
 

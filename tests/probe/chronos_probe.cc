@@ -12,10 +12,10 @@
 #include <ATen/Functions.h>
 #include <c10/core/InferenceMode.h>
 
-#include <iostream>
 
 #include "chronos/model.h"
 #include "core/json_file.h"
+#include "plan_main.h"
 #include "write_safetensors.h"
 
 using namespace diffusionz;
@@ -79,15 +79,4 @@ void run(const char* plan_path) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-    if (argc != 2) {
-        std::cerr << "usage: chronos_probe PLAN.json\n";
-        return 2;
-    }
-    try {
-        run(argv[1]);
-    } catch (const std::exception& e) {
-        std::cerr << e.what() << '\n';
-        return 1;
-    }
-}
+int main(int argc, char** argv) { return plan_main("chronos_probe", argc, argv, run); }

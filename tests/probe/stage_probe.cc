@@ -22,9 +22,9 @@
 #include <c10/core/InferenceMode.h>
 
 #include <chrono>
-#include <iostream>
 
 #include "core/json_file.h"
+#include "plan_main.h"
 #include "write_safetensors.h"
 #include "zimage/engine.h"
 
@@ -130,15 +130,4 @@ void run(const char* plan_path) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-    if (argc != 2) {
-        std::cerr << "usage: stage_probe PLAN.json\n";
-        return 2;
-    }
-    try {
-        run(argv[1]);
-    } catch (const std::exception& e) {
-        std::cerr << e.what() << '\n';
-        return 1;
-    }
-}
+int main(int argc, char** argv) { return plan_main("stage_probe", argc, argv, run); }
