@@ -41,22 +41,24 @@ def gpu(args: argparse.Namespace) -> dict[str, Any]:
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
     """`--quality`: likewise."""
-    from diffusionz._context import PRECISIONS
     from diffusionz.bench import quality
     from diffusionz.bench.gpu import is_forecaster
+    from diffusionz.chronos2 import Chronos2
     from diffusionz.hub import locate
     from diffusionz.image import format_of
+    from diffusionz.zimage import ZImage
 
-    if args.precision not in PRECISIONS or args.precision == "auto":
-        names = ", ".join(name for name in PRECISIONS if name != "auto")
-        raise ArgumentError(f'--precision is "{args.precision}"; it must be one of {names}')
     if args.pictures < 1:
         raise ArgumentError(f"--pictures is {args.pictures}; it must be at least 1")
     if args.output is not None:
         format_of(args.output)
     model = args.model or "demo"
     about: dict[str, Any] = {"model": model, "device": args.device, "precision": args.precision}
-    if is_forecaster(locate(model, "zimage")):
+    forecasts = is_forecaster(locate(model, "zimage"))
+    names = [name for name in (Chronos2 if forecasts else ZImage)._PRECISIONS if name != "auto"]
+    if args.precision not in names:
+        raise ArgumentError(f'--precision is "{args.precision}"; it must be one of {", ".join(names)}')
+    if forecasts:
         if args.output is not None or args.layers:
             raise ArgumentError("--output and --layers are for pictures, and this model forecasts")
         rows = quality.compare_forecasts(model, args.precision, args.device, _say)

@@ -78,11 +78,11 @@ def run(options: Options, say: Say) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="diffusionz-bench-", dir=options.scratch) as scratch:
         for family in options.only:
-            with _model(family, options.model, scratch, say) as (folder, drawn):
+            with _model(family, options.model, scratch, say) as folder:
                 if folder is None:
                     continue
                 measured, results = (_zimage if family == "zimage" else _chronos)(folder, options.device, say)
-                for row in measured if drawn else ():  # the goals are of the released sizes
+                for row in measured if _is_released(family, folder) else ():  # the goals are of those sizes
                     row.goal = GOALS.get((row.work, row.size, row.precision))
                 if options.peers:
                     _peers(family, folder, scratch, measured, results, say)
@@ -125,8 +125,8 @@ def _short(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _model(family: str, model: str | None, scratch: str, say: Say) -> Iterator[tuple[str | None, bool]]:
-    """(the folder of the model to measure or None, whether it is one of random weights)."""
+def _model(family: str, model: str | None, scratch: str, say: Say) -> Iterator[str | None]:
+    """The folder of the model to measure; None when `model` is of the other family."""
     import shutil
 
     from diffusionz.bench import random_models
@@ -134,25 +134,42 @@ def _model(family: str, model: str | None, scratch: str, say: Say) -> Iterator[t
 
     if model is not None:
         folder = locate(model, family)
-        yield (folder if is_forecaster(folder) == (family == "chronos2") else None), False
+        yield folder if is_forecaster(folder) == (family == "chronos2") else None
         return
     folder = os.path.join(scratch, family)
     begin = time.perf_counter()
     (random_models.write_zimage if family == "zimage" else random_models.write_chronos)(folder)
     say(f"{family}: random weights of the released model's size, written in {time.perf_counter() - begin:.1f} s")
     try:
-        yield folder, True
+        yield folder
     finally:
         shutil.rmtree(folder)
 
 
 def is_forecaster(folder: str) -> bool:
     """Whether a model's folder is one of Chronos-2."""
+    return "chronos_config" in _config(folder)
+
+
+def _is_released(family: str, folder: str) -> bool:
+    """Whether a model is of the released models' size."""
+    from diffusionz.bench import random_models
+
+    zimage = family == "zimage"
+    released = random_models.TRANSFORMER if zimage else random_models.CHRONOS
+    config = _config(os.path.join(folder, "transformer") if zimage else folder)
+    return all(
+        config.get(key) == released[key] for key in (("dim", "n_layers") if zimage else ("d_model", "num_layers"))
+    )
+
+
+def _config(folder: str) -> dict[str, Any]:
+    """A component's config.json; {} when it has none."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            return "chronos_config" in json.load(file)
+            return dict(json.load(file))
     except OSError:
-        return False
+        return {}
 
 
 def times_ms(call: Callable[[int], object], runs: int, warm_ups: int) -> list[float]:
