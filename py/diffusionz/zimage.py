@@ -60,7 +60,8 @@ class ZImage(Model):
         vram_bytes = byte_count("max_vram", max_vram)
         from diffusionz._ffi import ffi, lib
 
-        devices = [part.strip() for part in device.split(",")] if isinstance(device, str) else list(device)
+        names = device if isinstance(device, (list, tuple)) else str(device).split(",")
+        devices = [str(name).strip() for name in names]
         if not devices:
             raise ArgumentError("device is an empty list; it must name a device at least")
         options = ffi.new("DiffusionZInitOptions *")

@@ -34,7 +34,10 @@ FIELD(DiffusionZInitOptions, device_id, 4);
 FIELD(DiffusionZInitOptions, precision, 8);
 FIELD(DiffusionZInitOptions, num_threads, 12);
 FIELD(DiffusionZInitOptions, cuda_graphs, 16);
-SIZE(DiffusionZInitOptions, 20);
+FIELD(DiffusionZInitOptions, device_count, 20); /* the struct ended here once */
+FIELD(DiffusionZInitOptions, device_ids, 24);
+FIELD(DiffusionZInitOptions, max_vram_bytes, 32);
+SIZE(DiffusionZInitOptions, 40);
 
 FIELD(DiffusionZRequest, struct_size, 0);
 FIELD(DiffusionZRequest, width, 4);
@@ -80,7 +83,10 @@ FIELD(DiffusionZMemoryInfo, struct_size, 0);
 FIELD(DiffusionZMemoryInfo, shared_by, 4);
 FIELD(DiffusionZMemoryInfo, weights_bytes, 8);
 FIELD(DiffusionZMemoryInfo, lora_bytes, 16);
-SIZE(DiffusionZMemoryInfo, 24);
+FIELD(DiffusionZMemoryInfo, device_bytes, 24); /* the struct ended here once */
+FIELD(DiffusionZMemoryInfo, device_peak_bytes, 32);
+FIELD(DiffusionZMemoryInfo, device_held_bytes, 40);
+SIZE(DiffusionZMemoryInfo, 48);
 
 FIELD(ChronosInitOptions, struct_size, 0);
 FIELD(ChronosInitOptions, device_id, 4);

@@ -250,8 +250,8 @@ def test_a_forecast_is_freed_once_however_often_it_is_freed(engine: Engine) -> N
 
 @pytest.mark.parametrize(
     ("name", "new"),
-    [("struct_size", 0), ("struct_size", 999), ("precision", 3), ("precision", -1), ("num_threads", -1),
-     ("working_memory_bytes", -1), ("working_memory_bytes", -(2**63))],
+    [("struct_size", 0), ("struct_size", 999), ("precision", 3), ("precision", 6), ("precision", -1),
+     ("num_threads", -1), ("working_memory_bytes", -1), ("working_memory_bytes", -(2**63))],
 )  # fmt: skip
 def test_bad_options(tiny_chronos: pathlib.Path, name: str, new: int) -> None:
     with pytest.raises(ChronosError) as caught:
@@ -261,6 +261,12 @@ def test_bad_options(tiny_chronos: pathlib.Path, name: str, new: int) -> None:
     assert str(new) in caught.value.message
 
 
+def test_a_precision_that_the_device_has_not(tiny_chronos: pathlib.Path) -> None:
+    with pytest.raises(ChronosError, match=r"TF32 \(5\).*cpu") as caught:
+        Engine(tiny_chronos, precision=lib.DIFFUSIONZ_PRECISION_TF32)
+    assert caught.value.status == E["DEVICE"]
+
+
 def test_devices_that_are_not_there(tiny_chronos: pathlib.Path) -> None:
     for device_id in (-2, 999, 2**31 - 1, -(2**31)):
         with pytest.raises(ChronosError, match=str(device_id)) as caught:
@@ -268,7 +274,7 @@ def test_devices_that_are_not_there(tiny_chronos: pathlib.Path) -> None:
         assert caught.value.status == E["DEVICE"]
 
 
-@pytest.mark.parametrize("size", [0, 23, 32])
+@pytest.mark.parametrize("size", [0, 23, 32, 56])
 def test_bad_struct_size_of_an_output(engine: Engine, size: int) -> None:
     info = ffi.new("DiffusionZMemoryInfo *", {"struct_size": size})
     assert lib.chronos_memory_info(engine.ctx, info) == E["ARGUMENT"]

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -258,8 +259,14 @@ def test_devices_that_are_not_there(tiny_model: pathlib.Path) -> None:
     [
         ("struct_size", 0),
         ("struct_size", 999),
-        ("precision", 3),
+        ("precision", 4),  # Chronos-2's
+        ("precision", 5),
+        ("precision", 6),
         ("precision", -1),
+        ("device_count", -1),
+        ("device_count", 65),
+        ("device_count", 1),  # device_ids is NULL
+        ("max_vram_bytes", -1),
         ("num_threads", -1),
         ("cuda_graphs", 2),
     ],
@@ -272,6 +279,47 @@ def test_bad_options(tiny_model: pathlib.Path, field: str, value: int) -> None:
     assert context[0] == NULL
     assert field in last_error()
     assert str(value) in last_error()
+
+
+def test_a_precision_that_the_device_has_not(tiny_model: pathlib.Path) -> None:
+    options, context = ffi.new("DiffusionZInitOptions *"), ffi.new("DiffusionZContext **")
+    lib.diffusionz_init_options_init(options)
+    options.precision = lib.DIFFUSIONZ_PRECISION_FP8
+    assert lib.diffusionz_init_with_options(os.fsencode(tiny_model), options, context) == E["DEVICE"]
+    assert context[0] == NULL
+    for named in ("FP8 (3)", "8.9", "cpu"):
+        assert named in last_error()
+
+
+def test_devices_of_two_kinds_or_not_there_are_refused(tiny_model: pathlib.Path) -> None:
+    options, context = ffi.new("DiffusionZInitOptions *"), ffi.new("DiffusionZContext **")
+    lib.diffusionz_init_options_init(options)
+    device_ids = ffi.new("int32_t[]", [-1, 999])
+    options.device_ids, options.device_count = device_ids, 2
+    assert lib.diffusionz_init_with_options(os.fsencode(tiny_model), options, context) == E["DEVICE"]
+    assert "999" in last_error()
+    if lib.diffusionz_device_count() > 0:
+        device_ids[1] = 0
+        assert lib.diffusionz_init_with_options(os.fsencode(tiny_model), options, context) == E["ARGUMENT"]
+        assert "device_ids has -1 and 0" in last_error()
+
+
+def test_a_program_built_with_shorter_structs_goes_on_working(
+    tiny_model: pathlib.Path, compile_c: Callable[..., pathlib.Path]
+) -> None:
+    program = compile_c(pathlib.Path(__file__).with_name("old_caller.c"))
+    done = subprocess.run([program, tiny_model], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+def test_defaults_are_written_into_as_much_as_there_is() -> None:
+    size = ffi.sizeof("DiffusionZInitOptions")
+    for told, written in ((0, 0), (19, 0), (20, 20), (size, size), (size + 100, size)):
+        memory = ffi.new("uint8_t[]", [0xA5] * (size + 100))
+        lib.diffusionz_init_options_init_sized(ffi.cast("DiffusionZInitOptions *", memory), told)
+        assert set(bytes(memory)[written:]) == {0xA5}
+        if written:
+            assert ffi.cast("DiffusionZInitOptions *", memory).struct_size == written
 
 
 @pytest.mark.parametrize("kind", ["DiffusionZDeviceInfo", "DiffusionZMemoryInfo", "DiffusionZProgress"])

@@ -628,6 +628,7 @@ def test_wrong_models(tmp_path: pathlib.Path, tiny_chronos: pathlib.Path, tiny_m
     for options, error in (
         ({"device": "gpu"}, ArgumentError), ({"device": 0}, ArgumentError),
         ({"device": "cuda:99"}, DeviceError), ({"precision": "fp8"}, ArgumentError),
+        ({"precision": "tf32"}, DeviceError),
         ({"threads": -1}, ArgumentError), ({"threads": 1.5}, TypeError), ({"working_memory_bytes": -1}, ArgumentError),
         ({"lora": tmp_path / "nowhere"}, LoraError),
     ):  # fmt: skip

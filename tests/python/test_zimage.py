@@ -141,8 +141,25 @@ def test_wrong_devices_and_precisions(tiny_model: pathlib.Path) -> None:
             ZImage(tiny_model, device=device)
     with pytest.raises(DeviceError, match="99"):
         ZImage(tiny_model, device="cuda:99")
-    with pytest.raises(ArgumentError, match="bfloat16"):
-        ZImage(tiny_model, precision="fp8")
+    for precision in ("int4", "tf32", "float16"):
+        with pytest.raises(ArgumentError, match=f'"{precision}".*bfloat16, fp8'):
+            ZImage(tiny_model, precision=precision)
+    with pytest.raises(DeviceError, match=r"FP8.*8\.9"):
+        ZImage(tiny_model, device="cpu", precision="fp8")
+    for max_vram in ("", "8 apples", "-1", "0", 0, -5, "GB", "8GBs", "nan", "inf", 2**63):
+        with pytest.raises(ArgumentError, match="max_vram"):
+            ZImage(tiny_model, device="cpu", max_vram=max_vram)
+    for devices in ([], "cpu,", "cpu,gpu", ["cpu", "gpu"], 0):
+        with pytest.raises(ArgumentError, match="device"):
+            ZImage(tiny_model, device=devices)
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    from diffusionz._context import byte_count
+
+    for text, count in (("8GB", 8 * 10**9), ("7.5 GiB", 15 << 29), ("500mb", 5 * 10**8), ("1e9", 10**9), (123, 123),
+                        ("64KiB", 1 << 16), ("2B", 2), (None, 0)):  # fmt: skip
+        assert byte_count("max_vram", text) == count
 
 
 # --- Image to image ---
