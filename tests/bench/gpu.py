@@ -50,14 +50,10 @@ def ensure_models(scratch: pathlib.Path) -> tuple[str, str]:
     return folders[0], folders[1]
 
 
-def device_about() -> dict[str, str]:
+def save(path: str, kind: str, device: str = "cuda:0", **values) -> None:
     from diffusionz.bench import gpu
 
-    return gpu.about("cuda:0")
-
-
-def save(path: str, kind: str, **values) -> None:
-    pathlib.Path(path).write_text(json.dumps({"kind": kind, "about": device_about()} | values, indent=1))
+    pathlib.Path(path).write_text(json.dumps({"kind": kind, "about": gpu.about(device)} | values, indent=1))
 
 
 # --- The table ---
@@ -127,8 +123,8 @@ def step_flops(side: int) -> tuple[float, float]:
 
 
 def between_bytes(side: int) -> float:
-    """What the passes between a step's products must move: in each block norm, rotary embedding in place, residual, norm,
-    SiLU gate and residual, all in bfloat16, each input read once and each output written once."""
+    """What the passes between a step's products must move: in each block norm, rotary embedding in place, residual,
+    norm, SiLU gate and residual, all in bfloat16, each input read once and each output written once."""
     from diffusionz.bench.random_models import TRANSFORMER
 
     dim = TRANSFORMER["dim"]
@@ -391,7 +387,7 @@ def accuracy(args: argparse.Namespace) -> None:
         rows.append({"precision": precision, "mase": summary.mase, "wql": summary.wql, "windows": len(windows)})
         change = [rows[-1][name] / rows[0][name] - 1 for name in ("mase", "wql")]
         print(f"{precision:10s} MASE {summary.mase:.5f} ({change[0]:+.4%})  WQL {summary.wql:.5f} ({change[1]:+.4%})")
-    save(args.out, "accuracy", rows=rows)
+    save(args.out, "accuracy", args.device, rows=rows)
 
 
 def quality(args: argparse.Namespace) -> None:
@@ -401,14 +397,20 @@ def quality(args: argparse.Namespace) -> None:
     result: dict = {}
     try:
         result["rows"] = measures.compare_pictures(
-            args.model, "fp8", "cuda:0", args.pictures, None, args.sheet, lambda text: print(text, flush=True)
+            args.model,
+            args.precision,
+            args.device,
+            args.pictures,
+            None,
+            args.sheet,
+            lambda text: print(text, flush=True),
         )
         print(measures.pictures_table(result["rows"]))
-        result["layers"] = measures.compare_layers(args.model, "fp8", "cuda:0", None, lambda text: None)
+        result["layers"] = measures.compare_layers(args.model, args.precision, args.device, None, lambda text: None)
         print(measures.layers_table(result["layers"]))
     except DiffusionzError as error:
         print(error)
-    save(args.out, "quality", **result)
+    save(args.out, "quality", args.device, **result)
 
 
 # --- Keeping ---
@@ -501,6 +503,8 @@ def main() -> None:
     one = command("quality", quality)
     one.add_argument("out")
     one.add_argument("--model", default="demo")
+    one.add_argument("--device", default="cuda:0")
+    one.add_argument("--precision", default="fp8")
     one.add_argument("--pictures", type=int, default=16)
     one.add_argument("--sheet")
     one = command("keep", keep)

@@ -10,21 +10,10 @@ import platform
 import re
 import subprocess
 
+from diffusionz.bench.table import COLUMNS, percentile
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-COLUMNS = [
-    "date", "commit", "machine", "cpu", "threads", "versions", "work", "size", "unit", "runs", "ours_p10", "ours_p50",
-    "ours_p90", "peer_p10", "peer_p50", "peer_p90", "ratio", "goal",
-]  # fmt: skip
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Linear between the two nearest."""
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    below = int(at)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (at - below)
 
 
 @dataclasses.dataclass
