@@ -25,9 +25,8 @@ struct Wgmma;
     "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define DIFFUSIONZ_REGISTERS_68 DIFFUSIONZ_REGISTERS_64 ", %64, %65, %66, %67"
 #define DIFFUSIONZ_REGISTERS_88                                                                                      \
-    DIFFUSIONZ_REGISTERS_64                                                                                          \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, "    \
-    "%85, %86, %87"
+    DIFFUSIONZ_REGISTERS_68                                                                                          \
+    ", %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
 #define DIFFUSIONZ_REGISTERS_96 DIFFUSIONZ_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define DIFFUSIONZ_REGISTERS_128                                                                                     \
     DIFFUSIONZ_REGISTERS_96                                                                                          \
