@@ -11,7 +11,6 @@ On the machine with the GPU (SCRATCH holds the random models, which are written 
 In the repository, with its history:
 
     python -m tests.bench.gpu keep OUT.json...                       rows to results/<gpu>.csv, <gpu>-profile.csv
-    python -m tests.bench.gpu plot                                   docs/gpu.webp of the rows last kept
 """
 
 import argparse
