@@ -13,6 +13,7 @@
 // Reference: ops/modulated_norm.cc.
 
 #include "kernels/modulated_norm.h"
+#include "kernels/rows.cuh"
 #include "kernels/vector.cuh"
 
 namespace diffusionz::kernels {
@@ -70,16 +71,12 @@ __device__ inline float largest_of(const float (&x)[N], float largest) {
     return largest;
 }
 
-// Writes numbers[v] * factor in the forms that `y` asks for; `largest` is this thread's largest |numbers|.
+// Writes numbers[v] * factor in the forms that `y` asks for; `largest` is the row's largest |numbers|.
 template <class T, int N, int V>
-__device__ void write(float (&numbers)[V][N], float factor, float largest, const Written& y, int count, float* scratch) {
+__device__ void write(float (&numbers)[V][N], float factor, float largest, const Written& y, int count) {
     const int64_t row = row_index();
-    float fp8_factor = 0.0f;
-    if (y.fp8) {
-        const float scale = fp8_scale(block_max(largest, scratch) * factor);
-        if (threadIdx.x == 0) y.row_scales[row] = scale;
-        fp8_factor = factor / scale;
-    }
+    const float scale = fp8_scale(largest * factor), fp8_factor = factor / scale;
+    if (y.fp8 && threadIdx.x == 0) y.row_scales[row] = scale;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
         const int index = threadIdx.x + v * blockDim.x;
@@ -94,26 +91,25 @@ __device__ void write(float (&numbers)[V][N], float factor, float largest, const
 
 template <class T, int N, int V>
 __global__ void __launch_bounds__(kRowThreadsMax<V>)
-    modulated_norm_kernel(Rows x, const T* weight, Factors scales, Written y, int width, float eps) {
-    __shared__ float scratch[2][32];
+    modulated_norm_kernel(Rows xs, const T* weight, Factors scales, Written y, int width, float eps) {
+    __shared__ float scratch[64];
+    between_kernels();
     const int count = width / N;
-    const Row<T, N, V> row(row_of<T>(x), count);
+    const Row<T, N, V> x(row_of<T>(xs), count);
     const T* scale = row_of<T>(scales);
-    const float square_sum = block_sum(row.square_sum(), scratch[0]);
-    const float inverse = rsqrtf(square_sum / static_cast<float>(width) + eps);
-
-    float numbers[V][N], largest = 0.0f;
+    float numbers[V][N], square_sum = x.square_sum(), largest = 0.0f;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
         const int index = threadIdx.x + v * blockDim.x;
         if (index >= count) break;
 #pragma unroll
-        for (int i = 0; i < N; ++i) numbers[v][i] = to_float(row.vectors[v].values[i]);
+        for (int i = 0; i < N; ++i) numbers[v][i] = to_float(x.vectors[v].values[i]);
         multiply(numbers[v], weight, index);
         multiply(numbers[v], scale, index);
         largest = largest_of(numbers[v], largest);
     }
-    write<T>(numbers, inverse, largest, y, count, scratch[1]);
+    block_sum_max(square_sum, largest, scratch);
+    write<T>(numbers, rsqrtf(square_sum / static_cast<float>(width) + eps), largest, y, count);
 }
 
 template <class T, int N, int V>
@@ -121,6 +117,7 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>)
     gated_residual_kernel(Rows xs, Rows ys, const T* weight, Factors gates, T* sums, const T* next_weight, Factors next_scales,
                           Written normed, int width, float eps) {
     __shared__ float scratch[3][32];
+    between_kernels();
     const int count = width / N;
     const Row<T, N, V> y(row_of<T>(ys), count), x(row_of<T>(xs), count);
     const T *gate = row_of<T>(gates), *next_scale = row_of<T>(next_scales);
@@ -148,22 +145,23 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>)
         largest = largest_of(numbers[v], largest);
     }
     if (!next_weight) return;
-    const float next_inverse = rsqrtf(block_sum(square_sum, scratch[1]) / static_cast<float>(width) + eps);
-    write<T>(numbers, next_inverse, largest, normed, count, scratch[2]);
+    block_sum_max(square_sum, largest, scratch[1]);
+    write<T>(numbers, rsqrtf(square_sum / static_cast<float>(width) + eps), largest, normed, count);
 }
 
 template <class T, int N, int V>
 __global__ void __launch_bounds__(kRowThreadsMax<V>)
-    modulated_layer_norm_kernel(Rows x, Factors scales, T* y, int width, float eps) {
+    modulated_layer_norm_kernel(Rows xs, Factors scales, T* y, int width, float eps) {
     __shared__ float scratch[2][32];
+    between_kernels();
     const int count = width / N;
-    const Row<T, N, V> row(row_of<T>(x), count);
+    const Row<T, N, V> x(row_of<T>(xs), count);
     const T* scale = row_of<T>(scales);
     float sum = 0.0f;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum += to_float(row.vectors[v].values[i]);
+        for (int i = 0; i < N; ++i) sum += to_float(x.vectors[v].values[i]);
     }
     const float mean = block_sum(sum, scratch[0]) / static_cast<float>(width);
 
@@ -174,7 +172,7 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>)
         if (threadIdx.x + v * blockDim.x >= count) break;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            numbers[v][i] = to_float(row.vectors[v].values[i]) - mean;
+            numbers[v][i] = to_float(x.vectors[v].values[i]) - mean;
             square_sum += numbers[v][i] * numbers[v][i];
         }
     }
@@ -197,15 +195,14 @@ constexpr int64_t kOuterMax = 65535;  // blocks along y
 cudaError_t modulated_norm(Type type, Rows x, const void* weight, Factors scale, Written y, int64_t outer, int64_t inner,
                            int64_t width, float eps, cudaStream_t stream) {
     if (outer > kOuterMax) return cudaErrorNotSupported;
+    const dim3 blocks(static_cast<unsigned>(inner), static_cast<unsigned>(outer));
     return with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
         const bool aligned = tiles<T>(width, {x.data, weight, scale.data, y.plain, y.fp8},
                                       {outer > 1 ? x.outer_stride : 0, x.inner_stride, scale.stride});
         return launch_rows<T>(aligned, outer * inner, width, [&](auto numbers, auto vectors, int threads) {
-            modulated_norm_kernel<T, decltype(numbers)::value, decltype(vectors)::value>
-                <<<dim3(static_cast<unsigned>(inner), static_cast<unsigned>(outer)), threads, 0, stream>>>(
-                    x, static_cast<const T*>(weight), scale, y, static_cast<int>(width), eps);
-            return cudaGetLastError();
+            return launch(modulated_norm_kernel<T, decltype(numbers)::value, decltype(vectors)::value>, blocks, threads, 0,
+                          stream, /*overlapped=*/true, x, static_cast<const T*>(weight), scale, y, static_cast<int>(width), eps);
         });
     });
 }
@@ -214,6 +211,7 @@ cudaError_t gated_residual(Type type, Rows x, Rows y, const void* weight, Factor
                            Factors next_scale, Written normed, int64_t outer, int64_t inner, int64_t width, float eps,
                            cudaStream_t stream) {
     if (outer > kOuterMax) return cudaErrorNotSupported;
+    const dim3 blocks(static_cast<unsigned>(inner), static_cast<unsigned>(outer));
     return with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
         const bool aligned =
@@ -221,11 +219,9 @@ cudaError_t gated_residual(Type type, Rows x, Rows y, const void* weight, Factor
                      {outer > 1 ? x.outer_stride : 0, x.inner_stride, outer > 1 ? y.outer_stride : 0, y.inner_stride, gate.stride,
                       next_scale.stride});
         return launch_rows<T>(aligned, outer * inner, width, [&](auto numbers, auto vectors, int threads) {
-            gated_residual_kernel<T, decltype(numbers)::value, decltype(vectors)::value>
-                <<<dim3(static_cast<unsigned>(inner), static_cast<unsigned>(outer)), threads, 0, stream>>>(
-                    x, y, static_cast<const T*>(weight), gate, static_cast<T*>(sum), static_cast<const T*>(next_weight),
-                    next_scale, normed, static_cast<int>(width), eps);
-            return cudaGetLastError();
+            return launch(gated_residual_kernel<T, decltype(numbers)::value, decltype(vectors)::value>, blocks, threads, 0,
+                          stream, /*overlapped=*/true, x, y, static_cast<const T*>(weight), gate, static_cast<T*>(sum),
+                          static_cast<const T*>(next_weight), next_scale, normed, static_cast<int>(width), eps);
         });
     });
 }
@@ -233,15 +229,14 @@ cudaError_t gated_residual(Type type, Rows x, Rows y, const void* weight, Factor
 cudaError_t modulated_layer_norm(Type type, Rows x, Factors scale, void* y, int64_t outer, int64_t inner, int64_t width,
                                  float eps, cudaStream_t stream) {
     if (outer > kOuterMax) return cudaErrorNotSupported;
+    const dim3 blocks(static_cast<unsigned>(inner), static_cast<unsigned>(outer));
     return with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
         const bool aligned =
             tiles<T>(width, {x.data, scale.data, y}, {outer > 1 ? x.outer_stride : 0, x.inner_stride, scale.stride});
         return launch_rows<T>(aligned, outer * inner, width, [&](auto numbers, auto vectors, int threads) {
-            modulated_layer_norm_kernel<T, decltype(numbers)::value, decltype(vectors)::value>
-                <<<dim3(static_cast<unsigned>(inner), static_cast<unsigned>(outer)), threads, 0, stream>>>(
-                    x, scale, static_cast<T*>(y), static_cast<int>(width), eps);
-            return cudaGetLastError();
+            return launch(modulated_layer_norm_kernel<T, decltype(numbers)::value, decltype(vectors)::value>, blocks, threads, 0,
+                          stream, /*overlapped=*/true, x, scale, static_cast<T*>(y), static_cast<int>(width), eps);
         });
     });
 }

@@ -12,6 +12,7 @@
 // on the device: one captured step serves them all. Reference: ops/patchify.cc.
 
 #include "kernels/patchify.h"
+#include "kernels/rows.cuh"
 #include "kernels/vector.cuh"
 
 namespace diffusionz::kernels {
@@ -40,12 +41,14 @@ struct Shape {
 
 template <class T, class Index>
 __global__ void __launch_bounds__(kThreads) patchify_kernel(const float* latents, T* tokens, Shape<Index> shape, Index count) {
+    between_kernels();
     const Index at = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
     if (at < count) tokens[at] = from_float<T>(latents[shape.latent_of_token(at)]);
 }
 
 template <class T, class Index>
 __global__ void __launch_bounds__(kThreads) unpatchify_kernel(const T* tokens, float* latents, Shape<Index> shape, Index count) {
+    between_kernels();
     const Index at = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
     if (at < count) latents[at] = to_float(tokens[shape.token_of_latent(at)]);
 }
@@ -54,6 +57,7 @@ template <class T, class Index>
 __global__ void __launch_bounds__(kThreads)
     euler_step_kernel(float* latents, const T* prediction, const T* negative, float guidance, const float* delta,
                       Shape<Index> shape, Index count) {
+    between_kernels();
     const Index at = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
     if (at >= count) return;
     const Index from = shape.token_of_latent(at);
@@ -63,19 +67,18 @@ __global__ void __launch_bounds__(kThreads)
     latents[at] = __fadd_rn(latents[at], __fmul_rn(velocity, *delta));
 }
 
-// Calls launch(shape, count, blocks) with indices of 32 bits where they reach, of 64 elsewhere.
-template <class Launch>
-cudaError_t with_indices(const Patches& of, Launch&& launch) {
+// Calls start(shape, count, blocks) with indices of 32 bits where they reach, of 64 elsewhere.
+template <class Start>
+cudaError_t with_indices(const Patches& of, Start&& start) {
     const int64_t count = of.batch * of.channels * of.rows * of.columns * of.patch * of.patch;
     const int64_t blocks = (count + kThreads - 1) / kThreads;
     if (count == 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorNotSupported;
     const auto with = [&](auto zero) {
         using Index = decltype(zero);
-        launch(Shape<Index>{static_cast<Index>(of.channels), static_cast<Index>(of.rows), static_cast<Index>(of.columns),
-                            static_cast<Index>(of.patch)},
-               static_cast<Index>(count), static_cast<unsigned>(blocks));
-        return cudaGetLastError();
+        return start(Shape<Index>{static_cast<Index>(of.channels), static_cast<Index>(of.rows), static_cast<Index>(of.columns),
+                                  static_cast<Index>(of.patch)},
+                     static_cast<Index>(count), dim3(static_cast<unsigned>(blocks)));
     };
     return count <= INT32_MAX ? with(uint32_t{0}) : with(uint64_t{0});
 }
@@ -84,8 +87,10 @@ cudaError_t with_indices(const Patches& of, Launch&& launch) {
 
 cudaError_t patchify(Type type, const float* latents, void* tokens, Patches of, cudaStream_t stream) {
     return with_type(type, [&](auto* tag) {
-        return with_indices(of, [&](auto shape, auto count, unsigned blocks) {
-            patchify_kernel<<<blocks, kThreads, 0, stream>>>(latents, static_cast<decltype(tag)>(tokens), shape, count);
+        using T = std::remove_pointer_t<decltype(tag)>;
+        return with_indices(of, [&](auto shape, auto count, dim3 blocks) {
+            return launch(patchify_kernel<T, decltype(count)>, blocks, kThreads, 0, stream, /*overlapped=*/true, latents,
+                          static_cast<T*>(tokens), shape, count);
         });
     });
 }
@@ -93,8 +98,9 @@ cudaError_t patchify(Type type, const float* latents, void* tokens, Patches of, 
 cudaError_t unpatchify(Type type, const void* tokens, float* latents, Patches of, cudaStream_t stream) {
     return with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
-        return with_indices(of, [&](auto shape, auto count, unsigned blocks) {
-            unpatchify_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(tokens), latents, shape, count);
+        return with_indices(of, [&](auto shape, auto count, dim3 blocks) {
+            return launch(unpatchify_kernel<T, decltype(count)>, blocks, kThreads, 0, stream, /*overlapped=*/true,
+                          static_cast<const T*>(tokens), latents, shape, count);
         });
     });
 }
@@ -103,9 +109,9 @@ cudaError_t euler_step(Type type, float* latents, const void* prediction, const 
                        const float* delta, Patches of, cudaStream_t stream) {
     return with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
-        return with_indices(of, [&](auto shape, auto count, unsigned blocks) {
-            euler_step_kernel<<<blocks, kThreads, 0, stream>>>(latents, static_cast<const T*>(prediction),
-                                                               static_cast<const T*>(negative), guidance, delta, shape, count);
+        return with_indices(of, [&](auto shape, auto count, dim3 blocks) {
+            return launch(euler_step_kernel<T, decltype(count)>, blocks, kThreads, 0, stream, /*overlapped=*/true, latents,
+                          static_cast<const T*>(prediction), static_cast<const T*>(negative), guidance, delta, shape, count);
         });
     });
 }

@@ -4,21 +4,25 @@
 //
 // with pairs (n[2i], n[2i + 1]) or (n[i], n[i + head_dim / 2]) (Su et al. 2021).
 //
-// A block a token. A head belongs to a group of neighbouring threads, each with one vector of either half of the head: so both
-// kinds of pairs lie in one thread, and the sum of squares is a few shuffles. A thread has the same place in all its heads, so it
-// reads its angles once, and it loads several heads before it needs the first.
+// A block a token, or a few for a token where there are few of them. A head belongs to a group of neighbouring threads, each with
+// one vector of either half of the head: so both kinds of pairs lie in one thread, and the sum of squares is a few shuffles. A
+// thread has the same place in all its heads, so it reads its angles once, and it loads several heads before it needs the first.
 //
 // Numbers: float32, rounded once at the end. Limits: head_dim a multiple of 32 bytes, at most 1024 bytes.
 // Reference: ops/qk_norm_rope.cc.
 
+#include <algorithm>
+
 #include "kernels/qk_norm_rope.h"
+#include "kernels/rows.cuh"
 #include "kernels/vector.cuh"
 
 namespace diffusionz::kernels {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kHeadsAtOnce = 4;
+constexpr int kHeadsAtOnce = 2;
+constexpr int64_t kBlocksWanted = 512;  // fewer leave processors idle
 
 __device__ inline float group_sum(float x, int lanes) {
     for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
@@ -37,7 +41,8 @@ __global__ void __launch_bounds__(kThreads)
                         const T* k_weight, float eps, const float2* table) {
     using Numbers = Vector<T>;
     constexpr int N = Numbers::kCount;
-    const int place = threadIdx.x % lanes, groups = kThreads / lanes, vectors = half / N;
+    between_kernels();
+    const int place = threadIdx.x % lanes, groups = kThreads / lanes * gridDim.y, vectors = half / N;
     const bool active = place < vectors;
     T* row = qkv + blockIdx.x * row_stride;
 
@@ -52,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
 
     // Whole warps stay together in this loop, as the shuffles ask.
     for (int begin = 0; begin < all_heads; begin += groups * kHeadsAtOnce) {
-        const int first_head = begin + threadIdx.x / lanes;
+        const int first_head = begin + blockIdx.y * (kThreads / lanes) + threadIdx.x / lanes;
         Numbers lower[kHeadsAtOnce], upper[kHeadsAtOnce];
 #pragma unroll
         for (int h = 0; h < kHeadsAtOnce; ++h) {
@@ -114,12 +119,13 @@ cudaError_t qk_norm_rope(Type type, void* qkv, int64_t rows, int64_t row_stride,
             return cudaErrorNotSupported;
         int lanes = 1;
         while (lanes * 2 * N < head_dim) lanes *= 2;
-        const auto kernel = interleaved ? qk_norm_rope_kernel<T, true> : qk_norm_rope_kernel<T, false>;
-        kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
-            static_cast<T*>(qkv), row_stride, static_cast<int>(tokens), static_cast<int>(heads),
-            static_cast<int>(heads + kv_heads), static_cast<int>(head_dim / 2), lanes, static_cast<const T*>(q_weight),
-            static_cast<const T*>(k_weight), eps, static_cast<const float2*>(table));
-        return cudaGetLastError();
+        const int64_t turns = (heads + kv_heads) * lanes / kThreads + 1;
+        const dim3 blocks(static_cast<unsigned>(rows),
+                          static_cast<unsigned>(std::clamp<int64_t>(kBlocksWanted / rows, 1, turns)));
+        return launch(interleaved ? qk_norm_rope_kernel<T, true> : qk_norm_rope_kernel<T, false>, blocks, kThreads, 0, stream,
+                      /*overlapped=*/true, static_cast<T*>(qkv), row_stride, static_cast<int>(tokens), static_cast<int>(heads),
+                      static_cast<int>(heads + kv_heads), static_cast<int>(head_dim / 2), lanes, static_cast<const T*>(q_weight),
+                      static_cast<const T*>(k_weight), eps, static_cast<const float2*>(table));
     });
 }
 

@@ -6,6 +6,7 @@
 // becomes zeros and NaN. Limits: those of launch_rows. Reference: ops/quantize_rows.cc.
 
 #include "kernels/quantize_rows.h"
+#include "kernels/rows.cuh"
 #include "kernels/vector.cuh"
 
 namespace diffusionz::kernels {
@@ -15,6 +16,7 @@ template <class T, int N, int V>
 __global__ void __launch_bounds__(kRowThreadsMax<V>)
     quantize_rows_kernel(const T* x, uint8_t* fp8, float* row_scales, int count) {
     __shared__ float scratch[32];
+    between_kernels();
     const int64_t row = blockIdx.x;
     Vector<T, N> vectors[V];
 #pragma unroll
@@ -50,9 +52,8 @@ cudaError_t quantize_rows(Type type, const void* x, uint8_t* fp8, float* row_sca
         using T = std::remove_pointer_t<decltype(tag)>;
         return launch_rows<T>(tiles<T>(width, {x, fp8}, {}), rows, width, [&](auto numbers, auto vectors, int threads) {
             constexpr int N = decltype(numbers)::value;
-            quantize_rows_kernel<T, N, decltype(vectors)::value><<<static_cast<unsigned>(rows), threads, 0, stream>>>(
-                static_cast<const T*>(x), fp8, row_scales, static_cast<int>(width / N));
-            return cudaGetLastError();
+            return launch(quantize_rows_kernel<T, N, decltype(vectors)::value>, dim3(static_cast<unsigned>(rows)), threads, 0,
+                          stream, /*overlapped=*/true, static_cast<const T*>(x), fp8, row_scales, static_cast<int>(width / N));
         });
     });
 }

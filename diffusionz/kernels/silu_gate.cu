@@ -1,12 +1,13 @@
 // The gate of a SwiGLU feed-forward (Shazeer 2020): y = a / (1 + e^-a) * b, with a and b the halves of a row.
 //
-// Without FP8 each thread has a few vectors of 16 bytes. With it a block has a row, whose numbers stay in registers until their
-// largest is known.
+// Without FP8 each thread has one vector of 16 bytes of either half. With it a block has a row, whose numbers stay in registers
+// until their largest is known.
 //
 // Numbers: float32, rounded once. For numbers of 16 bits the exponential and the division are the hardware's approximations, a
 // few units in the last place of float32, thousands of times finer than the result; for float32 they are the exact functions.
 // Limits: with FP8 those of launch_rows. Reference: ops/silu_gate.cc.
 
+#include "kernels/rows.cuh"
 #include "kernels/silu_gate.h"
 #include "kernels/vector.cuh"
 
@@ -14,7 +15,6 @@ namespace diffusionz::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 2;  // a thread's, of the kernel without FP8
 
 template <class T>
 __device__ inline float gate(float a, float b) {
@@ -33,29 +33,20 @@ __device__ inline void gate(const Vector<T, N>& a, const Vector<T, N>& b, float 
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) silu_gate_kernel(const T* x, T* y, int count, unsigned blocks_a_row) {
+    between_kernels();
     const int64_t row = blockIdx.x / blocks_a_row;
-    const int first = static_cast<int>(blockIdx.x % blocks_a_row) * kThreads * kVectors + threadIdx.x;
-    Vector<T, N> a[kVectors], b[kVectors];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-        const int index = first + v * kThreads;
-        if (index >= count) break;
-        a[v] = load_once<T, N>(x, row * 2 * count + index);
-        b[v] = load_once<T, N>(x, (row * 2 + 1) * count + index);
-    }
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-        const int index = first + v * kThreads;
-        if (index >= count) break;
-        float numbers[N];
-        gate(a[v], b[v], numbers);
-        store(y, row * count + index, numbers);
-    }
+    const int index = static_cast<int>(blockIdx.x % blocks_a_row) * kThreads + threadIdx.x;
+    if (index >= count) return;
+    const auto a = load_once<T, N>(x, row * 2 * count + index), b = load_once<T, N>(x, (row * 2 + 1) * count + index);
+    float numbers[N];
+    gate(a, b, numbers);
+    store(y, row * count + index, numbers);
 }
 
 template <class T, int N, int V>
 __global__ void __launch_bounds__(kRowThreadsMax<V>) silu_gate_fp8_kernel(const T* x, Written y, int count) {
     __shared__ float scratch[32];
+    between_kernels();
     const int64_t row = blockIdx.x;
     Vector<T, N> a[V], b[V];
 #pragma unroll
@@ -87,11 +78,10 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>) silu_gate_fp8_kernel(const 
 
 template <class T, int N>
 cudaError_t launch_plain(const T* x, T* y, int64_t rows, int64_t width, cudaStream_t stream) {
-    const int64_t count = width / N, blocks_a_row = (count + kThreads * kVectors - 1) / (kThreads * kVectors);
+    const int64_t count = width / N, blocks_a_row = (count + kThreads - 1) / kThreads;
     if (rows * blocks_a_row > INT32_MAX || 2 * count > INT32_MAX) return cudaErrorNotSupported;
-    silu_gate_kernel<T, N><<<static_cast<unsigned>(rows * blocks_a_row), kThreads, 0, stream>>>(
-        x, y, static_cast<int>(count), static_cast<unsigned>(blocks_a_row));
-    return cudaGetLastError();
+    return launch(silu_gate_kernel<T, N>, dim3(static_cast<unsigned>(rows * blocks_a_row)), kThreads, 0, stream,
+                  /*overlapped=*/true, x, y, static_cast<int>(count), static_cast<unsigned>(blocks_a_row));
 }
 
 }  // namespace
@@ -109,9 +99,8 @@ cudaError_t silu_gate(Type type, const void* x, Written y, int64_t rows, int64_t
         }
         return launch_rows<T>(aligned, rows, width, [&](auto numbers, auto vectors, int threads) {
             constexpr int N = decltype(numbers)::value;
-            silu_gate_fp8_kernel<T, N, decltype(vectors)::value>
-                <<<static_cast<unsigned>(rows), threads, 0, stream>>>(in, y, static_cast<int>(width / N));
-            return cudaGetLastError();
+            return launch(silu_gate_fp8_kernel<T, N, decltype(vectors)::value>, dim3(static_cast<unsigned>(rows)), threads, 0,
+                          stream, /*overlapped=*/true, in, y, static_cast<int>(width / N));
         });
     });
 }

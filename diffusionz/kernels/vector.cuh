@@ -126,7 +126,8 @@ __device__ inline float block_sum(float x, float* scratch) {
     return warp_sum(lane < warps ? scratch[lane] : 0.0f);
 }
 
-__device__ inline float block_max(float x, float* scratch) {  // of numbers that are not negative
+// Of numbers that are not negative.
+__device__ inline float block_max(float x, float* scratch) {
     x = warp_max(x);
     if (blockDim.x == 32) return x;
     const unsigned lane = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -135,44 +136,16 @@ __device__ inline float block_max(float x, float* scratch) {  // of numbers that
     return warp_max(lane < warps ? scratch[lane] : 0.0f);
 }
 
-// --- Kernels with a block a row, the row in registers ---
-
-// Calls launch(numbers a vector, vectors a thread, threads): the first two as integral constants. cudaErrorNotSupported for rows
-// that are too wide for the registers of a block.
-template <class T, class Launch>
-cudaError_t launch_rows(bool aligned, int64_t rows, int64_t width, Launch&& launch) {
-    constexpr int kNumbers = 16 / static_cast<int>(sizeof(T)), kScalarVectors = 16;
-    constexpr int64_t kFewRows = 512;  // a processor has less than four of them: more threads a row are faster
-    constexpr int64_t kThreads = 512, kThreadsFewRows = 1024;
-    const auto threads = [](int64_t vectors, int64_t per_thread) {
-        return static_cast<int>((vectors + per_thread * 32 - 1) / (per_thread * 32) * 32);
-    };
-    if (rows == 0 || width == 0) return cudaSuccess;
-    if (!aligned) {
-        if (width > kScalarVectors * kThreads) return cudaErrorNotSupported;
-        return launch(std::integral_constant<int, 1>(), std::integral_constant<int, kScalarVectors>(),
-                      threads(width, kScalarVectors));
-    }
-    const int64_t vectors = width / kNumbers;
-    if (rows <= kFewRows && vectors <= kThreadsFewRows)
-        return launch(std::integral_constant<int, kNumbers>(), std::integral_constant<int, 1>(), threads(vectors, 1));
-    if (vectors > 4 * kThreads) return cudaErrorNotSupported;
-    return launch(std::integral_constant<int, kNumbers>(), std::integral_constant<int, 4>(), threads(vectors, 4));
-}
-
-// The bound that launch_rows keeps.
-template <int kVectors>
-constexpr int kRowThreadsMax = kVectors == 1 ? 1024 : 512;
-
-// Whether vectors of 16 bytes tile rows of `width` numbers that begin at multiples of `strides` from `pointers`; null is no
-// pointer.
-template <class T>
-bool tiles(int64_t width, std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
-    constexpr int64_t kNumbers = 16 / static_cast<int64_t>(sizeof(T));
-    bool fits = width % kNumbers == 0;
-    for (const void* pointer : pointers) fits = fits && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-    for (const int64_t stride : strides) fits = fits && stride % kNumbers == 0;
-    return fits;
+// Both at once, with 64 floats: threads wait for each other once.
+__device__ inline void block_sum_max(float& sum, float& largest, float* scratch) {
+    sum = warp_sum(sum);
+    largest = warp_max(largest);
+    if (blockDim.x == 32) return;
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    if (lane == 0) scratch[warp] = sum, scratch[32 + warp] = largest;
+    __syncthreads();
+    sum = warp_sum(lane < warps ? scratch[lane] : 0.0f);
+    largest = warp_max(lane < warps ? scratch[32 + lane] : 0.0f);
 }
 
 // Calls f with a null pointer to the type.
