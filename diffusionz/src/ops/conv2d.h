@@ -5,6 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "ops/group_norm.h"
+
 namespace diffusionz {
 
 class Conv2d {
@@ -13,13 +15,28 @@ public:
     // weight [out, in, k, k]; bias [out].
     Conv2d(at::Tensor weight, at::Tensor bias, int64_t stride = 1, int64_t padding = 0);
 
-    // x [batch, in, height, width].
-    at::Tensor operator()(const at::Tensor& x) const;
+    // x [batch, in, height, width]. `residual`, if defined, of the result's shape, is added. `moments` receives the result's where
+    // the kernel leaves them.
+    at::Tensor operator()(const at::Tensor& x, const at::Tensor& residual = {}, ChannelMoments* moments = nullptr) const;
+    const at::Tensor& weight() const { return weight_; }
+    const at::Tensor& bias() const { return bias_; }
     size_t nbytes() const { return weight_.defined() ? weight_.nbytes() + bias_.nbytes() : 0; }
 
 private:
     at::Tensor weight_, bias_;
     int64_t stride_ = 1, padding_ = 0;
+    bool kernel_ = false;  // whether the kernel takes it
 };
+
+// Of the kernel, kernels/conv2d.cu.
+
+// Whether it takes these weights [out, in, k, k].
+bool conv2d_kernel_takes(const at::Tensor& weight);
+// `y` [batch, out, height, width] is where the results go, its channels contiguous; output pixel (i, j) reads the pixels
+// (i + first_row ..., j + first_column ...) of x, channels-last. `moments`: float32 [batch, tiles, out, 2] or undefined.
+void conv2d_kernel(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& residual, const at::Tensor& y,
+                   int64_t first_row, int64_t first_column, const at::Tensor& moments);
+// Undefined moments of `layers` pictures of rows x columns pixels, to be written by conv2d_kernel.
+ChannelMoments conv2d_moments(const at::Tensor& x, int64_t out, int64_t layers);
 
 }  // namespace diffusionz

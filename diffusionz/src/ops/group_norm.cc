@@ -1,8 +1,8 @@
 // y = silu(weight * (x - mean) / sqrt(var + eps) + bias), mean and var over a group's channels and all pixels.
 //
 // Why our own on the CPU: ATen's channels-last GroupNorm takes twice the time of its NCHW one, and SiLU is one more pass over
-// memory. Here it is one read for the statistics, one read and one write for the rest. Numbers: statistics in float32 over a
-// block of pixels that stays in the first-level cache, around the block's own mean, merged in float64 (Chan, Golub and LeVeque
+// memory. Here it is one read for the statistics, one read and one write for the rest; on the GPU, kernels/group_norm.cu, the first
+// read falls away after our own convolutions. Numbers: statistics in float32 over a block of pixels that stays in the first-level cache, around the block's own mean, merged in float64 (Chan, Golub and LeVeque
 // 1979); E[x^2] - E[x]^2 would lose its digits where |mean| is far over std. Reference: at::group_norm and at::silu
 // (DIFFUSIONZ_DISABLE_KERNELS=group_norm).
 
@@ -14,8 +14,13 @@
 #include <cmath>
 #include <vector>
 
+#include "ops/cuda.h"
 #include "ops/disabled.h"
 #include "ops/vector_math.h"
+
+#ifdef DIFFUSIONZ_WITH_CUDA
+#include "kernels/group_norm.h"
+#endif
 
 namespace diffusionz {
 namespace {
@@ -109,17 +114,66 @@ void normalize_image(const float* x, float* y, int64_t pixels, int64_t channels,
     });
 }
 
+bool disabled() {
+    static const bool is = kernel_disabled("group_norm");
+    return is;
+}
+
+void apply_on_gpu([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const at::Tensor& factors, [[maybe_unused]] const at::Tensor& y,
+                  [[maybe_unused]] bool silu) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    check_launch("group_norm", kernels::group_norm_apply(kernel_type(x.scalar_type()), x.const_data_ptr(), factors.const_data_ptr<float>(),
+                                                         y.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), x.size(1), silu,
+                                                         current_stream(x)));
+#endif
+}
+
 }  // namespace
 
+bool group_norm_kernel_takes([[maybe_unused]] const at::Tensor& x) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    return x.is_cuda() && has_kernel_type(x.scalar_type()) && !disabled();
+#else
+    return false;
+#endif
+}
+
+at::Tensor group_norm_factors(const at::Tensor& x, [[maybe_unused]] const at::Tensor& weight, [[maybe_unused]] const at::Tensor& bias,
+                              [[maybe_unused]] int64_t groups, [[maybe_unused]] double eps,
+                              [[maybe_unused]] const ChannelMoments& moments) {
+    at::Tensor factors = at::empty({x.size(0), x.size(1), 2}, x.options().dtype(at::kFloat));
+#ifdef DIFFUSIONZ_WITH_CUDA
+    const kernels::Type type = kernel_type(x.scalar_type());
+    const cudaStream_t stream = current_stream(x);
+    const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+    at::Tensor values = moments.values;
+    kernels::Parts parts{moments.rows, moments.columns, moments.tile_rows, moments.tile_columns, moments.layers};
+    if (!values.defined()) {
+        parts = kernels::group_norm_parts(pixels, channels);
+        values = at::empty({batch, parts.count(), channels, 2}, factors.options());
+        check_launch("group_norm", kernels::group_norm_moments(type, x.const_data_ptr(), values.mutable_data_ptr<float>(), batch, pixels,
+                                                               channels, stream));
+    }
+    check_launch("group_norm", kernels::group_norm_factors(type, values.const_data_ptr<float>(), weight.const_data_ptr(),
+                                                           bias.const_data_ptr(), factors.mutable_data_ptr<float>(), parts, batch, channels,
+                                                           groups, eps, stream));
+#endif
+    return factors;
+}
+
 at::Tensor group_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t groups, double eps,
-                      bool silu) {
-    static const bool disabled = kernel_disabled("group_norm");
-    if (!x.is_cpu() || x.scalar_type() != at::kFloat || disabled) {
+                      bool silu, const ChannelMoments& moments) {
+    const bool on_gpu = group_norm_kernel_takes(x);
+    if (!on_gpu && (!x.is_cpu() || x.scalar_type() != at::kFloat || disabled())) {
         at::Tensor y = at::group_norm(x, groups, weight, bias, eps);
         return silu ? at::silu_(y) : y;
     }
     const at::Tensor in = x.contiguous(at::MemoryFormat::ChannelsLast);
     at::Tensor out = at::empty_like(in);
+    if (on_gpu) {
+        apply_on_gpu(in, group_norm_factors(in, weight, bias, groups, eps, moments), out, silu);
+        return out;
+    }
     const int64_t channels = in.size(1), pixels = in.size(2) * in.size(3);
     for (int64_t image = 0; image < in.size(0); ++image) {
         normalize_image(in.const_data_ptr<float>() + image * pixels * channels,

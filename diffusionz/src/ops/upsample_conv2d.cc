@@ -3,7 +3,8 @@
 // sums of the 3x3 ones: 16 products a small pixel instead of 36, and the upsampled picture is never written.
 //
 // Numbers: exact but for the order of sums; the weights are added in float64 and rounded once.
-// Where: on the CPU in float32, where products are what a decoder's time goes to. Elsewhere the reference.
+// Where: on the CPU in float32, and on GPUs where kernels/conv2d.cu runs, which writes each part between the others. Elsewhere the
+// reference: four calls of cuDNN and their interleaving take longer than one.
 // Reference: at::upsample_nearest2d and at::conv2d (DIFFUSIONZ_DISABLE_KERNELS=upsample_conv2d).
 
 #include "ops/upsample_conv2d.h"
@@ -24,19 +25,42 @@ at::Tensor fold(const at::Tensor& weight, int64_t dim, int64_t odd) {
 
 }  // namespace
 
-UpsampleConv2d::UpsampleConv2d(const at::Tensor& weight, at::Tensor bias)
-    : split_(weight.is_cpu() && weight.scalar_type() == at::kFloat && !kernel_disabled("upsample_conv2d")) {
+UpsampleConv2d::UpsampleConv2d(const at::Tensor& weight, at::Tensor bias) {
+    const at::Tensor wide = weight.to(at::kDouble);
+    const auto part_weight = [&](size_t part) {
+        const auto a = static_cast<int64_t>(part / 2), b = static_cast<int64_t>(part % 2);
+        return fold(fold(wide, 2, a), 3, b).to(weight.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
+    };
+    const bool disabled = kernel_disabled("upsample_conv2d");
+    if (!disabled && conv2d_kernel_takes(weight)) {
+        for (size_t part = 0; part < 4; ++part) part_weights_[part] = part_weight(part);
+        bias_ = std::move(bias);
+        return;
+    }
+    split_ = weight.is_cpu() && weight.scalar_type() == at::kFloat && !disabled;
     if (!split_) {
         whole_ = Conv2d(weight, std::move(bias), /*stride=*/1, /*padding=*/1);
         return;
     }
-    const at::Tensor wide = weight.to(at::kDouble);
-    for (int64_t part = 0; part < 4; ++part) {
-        parts_[static_cast<size_t>(part)] = Conv2d(fold(fold(wide, 2, part / 2), 3, part % 2).to(at::kFloat), bias);
-    }
+    for (size_t part = 0; part < 4; ++part) parts_[part] = Conv2d(part_weight(part), bias);
 }
 
-at::Tensor UpsampleConv2d::operator()(const at::Tensor& x) const {
+at::Tensor UpsampleConv2d::by_kernel(const at::Tensor& x, ChannelMoments* moments) const {
+    const at::Tensor in = x.contiguous(at::MemoryFormat::ChannelsLast);
+    const int64_t height = in.size(2), width = in.size(3), out = bias_.size(0);
+    at::Tensor y = at::empty({in.size(0), out, 2 * height, 2 * width}, in.options().memory_format(at::MemoryFormat::ChannelsLast));
+    if (moments) *moments = conv2d_moments(in, out, /*layers=*/4);
+    for (int64_t part = 0; part < 4; ++part) {
+        const int64_t a = part / 2, b = part % 2;
+        conv2d_kernel(in, part_weights_[static_cast<size_t>(part)], bias_, {},
+                      y.slice(2, a, 2 * height, 2).slice(3, b, 2 * width, 2), a - 1, b - 1,
+                      moments ? moments->values.chunk(4, 1)[static_cast<size_t>(part)] : at::Tensor());
+    }
+    return y;
+}
+
+at::Tensor UpsampleConv2d::operator()(const at::Tensor& x, ChannelMoments* moments) const {
+    if (bias_.defined()) return by_kernel(x, moments);
     const int64_t height = x.size(2), width = x.size(3);
     if (!split_) return whole_(at::upsample_nearest2d(x, {2 * height, 2 * width}));
     const at::Tensor padded = at::constant_pad_nd(x, {1, 1, 1, 1});
@@ -54,8 +78,9 @@ at::Tensor UpsampleConv2d::operator()(const at::Tensor& x) const {
 }
 
 size_t UpsampleConv2d::nbytes() const {
-    size_t total = whole_.nbytes();
+    size_t total = whole_.nbytes() + (bias_.defined() ? bias_.nbytes() : 0);
     for (const Conv2d& part : parts_) total += part.nbytes();
+    for (const at::Tensor& weight : part_weights_) total += weight.defined() ? weight.nbytes() : 0;
     return total;
 }
 

@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "ops/attention.h"
 #include "ops/group_norm.h"
+#include "ops/norm_conv2d.h"
 
 namespace diffusionz {
 namespace {
@@ -151,40 +152,49 @@ Vae::Half Vae::load_encoder(const Weights& weights) {
     return half;
 }
 
-at::Tensor Vae::run_norm(const Norm& norm, const at::Tensor& x, bool silu) const {
-    return group_norm(x, norm.weight, norm.bias, config_.norm_num_groups, kNormEps, silu);
+at::Tensor Vae::run_norm(const Norm& norm, const Picture& picture, bool silu) const {
+    return group_norm(picture.x, norm.weight, norm.bias, config_.norm_num_groups, kNormEps, silu, picture.moments);
 }
 
-at::Tensor Vae::run_resnet(const Resnet& resnet, const at::Tensor& x) const {
-    at::Tensor y = resnet.conv1(run_norm(resnet.norm1, x, true));
-    y = resnet.conv2(run_norm(resnet.norm2, y, true));
-    return y.add_(resnet.shortcut ? (*resnet.shortcut)(x) : x);
+Vae::Picture Vae::run_resnet(const Resnet& resnet, const Picture& picture) const {
+    Picture inner, result;
+    inner.x = resnet.conv1(run_norm(resnet.norm1, picture, true), {}, &inner.moments);
+    inner.x = run_norm(resnet.norm2, inner, true);
+    const at::Tensor residual = resnet.shortcut ? (*resnet.shortcut)(picture.x) : picture.x;
+    result.x = resnet.conv2(inner.x, residual, &result.moments);
+    return result;
 }
 
-at::Tensor Vae::run_middle(const Half& half, at::Tensor x) const {
-    x = run_resnet(half.mid[0], x);
+Vae::Picture Vae::run_middle(const Half& half, Picture picture) const {
+    picture = run_resnet(half.mid[0], picture);
     if (half.attention) {
-        const int64_t height = x.size(2), width = x.size(3);
+        const int64_t height = picture.x.size(2), width = picture.x.size(3);
         // Channels-last memory is [tokens, channels] already.
-        const at::Tensor tokens = run_norm(half.attention->norm, x, false).permute({0, 2, 3, 1}).flatten(1, 2);
+        const at::Tensor tokens = run_norm(half.attention->norm, picture, false).permute({0, 2, 3, 1}).flatten(1, 2);
         const auto one_head = [](const at::Tensor& t) { return t.unsqueeze(2); };
         const at::Tensor mixed =
             half.attention->out(attention(one_head(half.attention->q(tokens)), one_head(half.attention->k(tokens)),
                                           one_head(half.attention->v(tokens)), /*causal=*/false));
-        x = x + mixed.unflatten(1, {height, width}).permute({0, 3, 1, 2});
+        picture = {picture.x + mixed.unflatten(1, {height, width}).permute({0, 3, 1, 2}), {}};
     }
-    return run_resnet(half.mid[1], x);
+    return run_resnet(half.mid[1], picture);
 }
 
-at::Tensor Vae::decode_raw(const at::Tensor& latents) const {
+at::Tensor Vae::run_decoder(const at::Tensor& latents, bool pixels) const {
     at::Tensor x = latents.to(placement_.dtype).contiguous(at::MemoryFormat::ChannelsLast);
     if (post_quant_conv_) x = (*post_quant_conv_)(x);
-    x = run_middle(decoder_, decoder_.conv_in(x));
+    Picture picture;
+    picture.x = decoder_.conv_in(x, {}, &picture.moments);
+    picture = run_middle(decoder_, std::move(picture));
     for (const Stage& stage : decoder_.blocks) {
-        for (const Resnet& resnet : stage.resnets) x = run_resnet(resnet, x);
-        if (stage.upsample) x = (*stage.upsample)(x);
+        for (const Resnet& resnet : stage.resnets) picture = run_resnet(resnet, picture);
+        if (!stage.upsample) continue;
+        Picture larger;
+        larger.x = (*stage.upsample)(picture.x, &larger.moments);
+        picture = std::move(larger);
     }
-    return decoder_.conv_out(run_norm(decoder_.norm_out, x, true));
+    return norm_conv2d(picture.x, decoder_.norm_out.weight, decoder_.norm_out.bias, config_.norm_num_groups, kNormEps, picture.moments,
+                       decoder_.conv_out, pixels);
 }
 
 int64_t Vae::decode_nbytes(int64_t height, int64_t width) const {
@@ -195,28 +205,23 @@ int64_t Vae::decode_nbytes(int64_t height, int64_t width) const {
     return kTensorsAtOnce * height * width * widest * static_cast<int64_t>(c10::elementSize(placement_.dtype));
 }
 
+at::Tensor Vae::decode_raw(const at::Tensor& latents) const { return run_decoder(latents, /*pixels=*/false); }
+
 at::Tensor Vae::decode_on_device(const at::Tensor& latents) const {
-    const at::Tensor image = decode_raw(latents.to(placement_.dtype) / config_.scaling_factor + config_.shift_factor);
-    return image.mul(0.5)
-        .add_(0.5)
-        .clamp_(0, 1)
-        .to(at::kFloat)
-        .mul_(255)
-        .round_()
-        .permute({0, 2, 3, 1})
-        .to(at::kByte)
-        .contiguous();
+    return run_decoder(latents.to(placement_.dtype) / config_.scaling_factor + config_.shift_factor, /*pixels=*/true);
 }
 
 at::Tensor Vae::encode(const at::Tensor& pixels, const at::Tensor& noise) const {
     if (!has_encoder()) fail(DIFFUSIONZ_E_ARGUMENT, "image to image needs the VAE's encoder, and this model has none");
     at::Tensor x = pixels.to(placement_.device).to(at::kFloat).div_(255).mul_(2).sub_(1).permute({2, 0, 1}).unsqueeze(0);
-    x = encoder_.conv_in(x.to(placement_.dtype).contiguous(at::MemoryFormat::ChannelsLast));
+    x = x.to(placement_.dtype).contiguous(at::MemoryFormat::ChannelsLast);
+    Picture picture;
+    picture.x = encoder_.conv_in(x, {}, &picture.moments);
     for (const Stage& stage : encoder_.blocks) {
-        for (const Resnet& resnet : stage.resnets) x = run_resnet(resnet, x);
-        if (stage.downsample) x = (*stage.downsample)(at::constant_pad_nd(x, {0, 1, 0, 1}));
+        for (const Resnet& resnet : stage.resnets) picture = run_resnet(resnet, picture);
+        if (stage.downsample) picture = {(*stage.downsample)(at::constant_pad_nd(picture.x, {0, 1, 0, 1})), {}};
     }
-    x = encoder_.conv_out(run_norm(encoder_.norm_out, run_middle(encoder_, x), true));
+    x = encoder_.conv_out(run_norm(encoder_.norm_out, run_middle(encoder_, std::move(picture)), true));
     if (quant_conv_) x = (*quant_conv_)(x);
     const auto moments = x.to(at::kFloat).contiguous().chunk(2, 1);
     const at::Tensor deviation = moments[1].clamp(-30.0, 20.0).mul_(0.5).exp_();

@@ -9,6 +9,7 @@
 #include "core/json_file.h"
 #include "core/weights.h"
 #include "ops/conv2d.h"
+#include "ops/group_norm.h"
 #include "ops/linear.h"
 #include "ops/upsample_conv2d.h"
 
@@ -73,6 +74,11 @@ private:
         std::optional<UpsampleConv2d> upsample;
         std::optional<Conv2d> downsample;
     };
+    // What goes from layer to layer: the numbers, and what the next normalisation must know of them where the last layer left it.
+    struct Picture {
+        at::Tensor x;
+        ChannelMoments moments;
+    };
     struct Half {  // an encoder or a decoder
         Conv2d conv_in, conv_out;
         std::vector<Resnet> mid;  // two, around the attention
@@ -88,9 +94,10 @@ private:
     void load_middle(const Weights& weights, Half& half, int64_t channels);
     Half load_encoder(const Weights& weights);
     Half load_decoder(const Weights& weights);
-    at::Tensor run_norm(const Norm& norm, const at::Tensor& x, bool silu) const;
-    at::Tensor run_resnet(const Resnet& resnet, const at::Tensor& x) const;
-    at::Tensor run_middle(const Half& half, at::Tensor x) const;
+    at::Tensor run_norm(const Norm& norm, const Picture& picture, bool silu) const;
+    Picture run_resnet(const Resnet& resnet, const Picture& picture) const;
+    Picture run_middle(const Half& half, Picture picture) const;
+    at::Tensor run_decoder(const at::Tensor& latents, bool pixels) const;
 
     VaeConfig config_;
     Placement placement_;
