@@ -1,5 +1,6 @@
 #include "chronos/engine.h"
 
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
@@ -7,8 +8,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <unordered_map>
 
@@ -54,6 +57,36 @@ void check_flag(const char* name, int32_t value) {
     if (value != 0 && value != 1) fail(DIFFUSIONZ_E_ARGUMENT, name, " is ", value, "; it must be 0 or 1");
 }
 
+// Products of float32 factors in TF32 or not, for its lifetime. ATen's switch is the process's: the first that wants TF32 sets
+// it, the last sets it back, and who wants float32 is not moved by it.
+class Float32Products {
+public:
+    explicit Float32Products(bool tf32) : tf32_(tf32) {
+        if (!tf32_) {
+            exact_.emplace();
+            return;
+        }
+        const std::lock_guard lock(mutex_);
+        if (users_++ > 0) return;
+        before_ = at::globalContext().allowTF32CuBLAS();
+        at::globalContext().setAllowTF32CuBLAS(true);
+    }
+    ~Float32Products() {
+        if (!tf32_) return;
+        const std::lock_guard lock(mutex_);
+        if (--users_ == 0) at::globalContext().setAllowTF32CuBLAS(before_);
+    }
+    Float32Products(const Float32Products&) = delete;
+    Float32Products& operator=(const Float32Products&) = delete;
+
+private:
+    static inline std::mutex mutex_;
+    static inline int users_ = 0;
+    static inline bool before_ = false;
+    bool tf32_;
+    std::optional<at::NoTF32Guard> exact_;
+};
+
 }  // namespace
 
 // The rows of a request in the order of computation.
@@ -64,7 +97,8 @@ struct Engine::Batch {
 };
 
 Engine::Engine(const std::filesystem::path& path, const std::filesystem::path& lora, Placement placement,
-               int64_t working_memory_bytes) {
+               int64_t working_memory_bytes)
+    : stream_(placement.device) {
     const c10::InferenceMode inference;
     if (working_memory_bytes != 0 && working_memory_bytes < kWorkingMemoryMin)
         fail(DIFFUSIONZ_E_ARGUMENT, "working_memory_bytes is ", working_memory_bytes, "; it must be 0 or at least ",
@@ -72,10 +106,23 @@ Engine::Engine(const std::filesystem::path& path, const std::filesystem::path& l
     const int64_t usual = placement.device.is_cpu() ? kWorkingMemoryCpu : kWorkingMemoryCuda;
     working_memory_bytes_ = working_memory_bytes ? working_memory_bytes : usual;
     model_ = Model::load(path, lora, placement);
+    row_pass_ = std::make_unique<RowPass>(model_);
 }
 
 int64_t Engine::context_length(const ChronosRequest& request) const {
     return request.context_length ? request.context_length : model_->config().context_length;
+}
+
+int64_t Engine::steps_read(const ChronosRequest& request, int64_t row) const {
+    return std::min(row_length(request, row), context_length(request));
+}
+
+template <class StepsOf>
+int64_t Engine::group_tokens(const Group& group, StepsOf&& steps_of) const {
+    int64_t tokens = 0;
+    for (int64_t row = group.row_begin; row < group.row_begin + group.row_count; ++row)
+        tokens += token_count_max(model_->config(), steps_of(row), 0);
+    return tokens;
 }
 
 void Engine::check(const ChronosRequest& request, bool embed) const {
@@ -133,14 +180,13 @@ void Engine::check(const ChronosRequest& request, bool embed) const {
     if (targets == 0) refuse("all ", request.row_count, " rows are covariates; at least one must be a target");
     if (request.constrain_ohlc && targets % 4 != 0)
         refuse("constrain_ohlc is set and there are ", targets, " targets; they must come in fours: open, high, low, close");
-    const int64_t steps = context_length(request);
     const int64_t unknown = first_row(request.row_count, [&](int64_t row) {
         const float* end = request.context + request.context_offsets[row + 1];
         return is_target(request, row) &&
-               std::all_of(end - std::min(steps, row_length(request, row)), end, [](float value) { return std::isnan(value); });
+               std::all_of(end - steps_read(request, row), end, [](float value) { return std::isnan(value); });
     });
     if (unknown >= 0) {
-        refuse("row ", unknown, " has no value in its last ", std::min(steps, row_length(request, unknown)),
+        refuse("row ", unknown, " has no value in its last ", steps_read(request, unknown),
                " steps, all are NaN; a target needs at least one");
     }
     if (!request.future) return;
@@ -171,10 +217,8 @@ int64_t Engine::target_count(const ChronosRequest& request) {
 
 std::vector<int64_t> Engine::embedding_offsets(const ChronosRequest& request) const {
     std::vector<int64_t> offsets = {0};
-    for (int64_t row = 0; row < request.row_count; ++row) {
-        const int64_t steps = std::min(row_length(request, row), context_length(request));
-        offsets.push_back(offsets.back() + token_count_max(model_->config(), steps, 1));
-    }
+    for (int64_t row = 0; row < request.row_count; ++row)
+        offsets.push_back(offsets.back() + token_count_max(model_->config(), steps_read(request, row), 1));
     return offsets;
 }
 
@@ -206,12 +250,9 @@ Engine::Batch Engine::arrange(const ChronosRequest& request) const {
     }
 
     std::vector<int64_t> tokens(groups.size());
-    for (size_t i = 0; i < groups.size(); ++i) {
-        for (int64_t row = groups[i].row_begin; row < groups[i].row_begin + groups[i].row_count; ++row) {
-            const int64_t steps = std::min(row_length(request, batch.rows[static_cast<size_t>(row)]), context_length(request));
-            tokens[i] += token_count_max(model_->config(), steps, 0);
-        }
-    }
+    for (size_t i = 0; i < groups.size(); ++i)
+        tokens[i] =
+            group_tokens(groups[i], [&](int64_t row) { return steps_read(request, batch.rows[static_cast<size_t>(row)]); });
     // Rows of one length stand together, for devices that compute them as one batch.
     std::vector<int64_t> order(groups.size());
     std::iota(order.begin(), order.end(), 0);
@@ -236,7 +277,7 @@ Engine::Batch Engine::arrange(const ChronosRequest& request) const {
 std::vector<Row> Engine::rows_of(const ChronosRequest& request, std::span<const int64_t> rows, int64_t horizon) const {
     std::vector<Row> out;
     for (const int64_t row : rows) {
-        const int64_t steps = std::min(row_length(request, row), context_length(request));
+        const int64_t steps = steps_read(request, row);
         const bool knows = request.future && horizon > 0;
         out.push_back({request.context + request.context_offsets[row + 1] - steps, steps,
                        knows ? request.future + row * horizon : nullptr, knows ? horizon : 0});
@@ -247,7 +288,8 @@ std::vector<Row> Engine::rows_of(const ChronosRequest& request, std::span<const 
 template <class Visit>
 void Engine::in_chunks(const std::vector<Group>& groups, const std::vector<int64_t>& tokens, int64_t output_patches,
                        int64_t copies, Visit&& visit) const {
-    const int64_t budget = std::max<int64_t>(1, working_memory_bytes_ / model_->token_nbytes());
+    int64_t budget = std::max<int64_t>(1, working_memory_bytes_ / model_->token_nbytes());
+    if (model_->computes_rows()) budget = std::min(budget, RowPass::kTokensMax);
     for (size_t first = 0; first < groups.size();) {
         int64_t total = 0;
         size_t last = first;
@@ -273,8 +315,14 @@ void Engine::in_chunks(const std::vector<Group>& groups, const std::vector<int64
     }
 }
 
-std::vector<float> Engine::predict(const std::vector<Row>& rows, const std::vector<Group>& groups, int64_t output_patches) const {
+std::vector<float> Engine::predict(const std::vector<Row>& rows, const std::vector<Group>& groups, int64_t output_patches) {
     const ModelConfig& config = model_->config();
+    if (row_pass_->takes(rows, groups, output_patches)) {
+        row_pass_->submit(rows, output_patches);
+        const float* quantiles = row_pass_->collect();
+        return {quantiles,
+                quantiles + rows.size() * config.quantiles.size() * static_cast<size_t>(output_patches * config.patch)};
+    }
     const Tokens tokens = make_tokens(config, rows, groups, output_patches, model_->folds_single_groups());
     const at::Tensor scaled = model_->head(model_->encode(tokens, /*all=*/false)).cpu();
     const float* z = scaled.const_data_ptr<float>();
@@ -297,7 +345,7 @@ std::vector<float> Engine::predict(const std::vector<Row>& rows, const std::vect
 }
 
 std::vector<float> Engine::predict_unrolled(const std::vector<Row>& rows, const std::vector<Group>& groups,
-                                            int64_t prediction_length, const Task& task) const {
+                                            int64_t prediction_length, const Task& task) {
     const ModelConfig& config = model_->config();
     const auto patches_for = [&](int64_t steps) {
         return std::min((steps + config.patch - 1) / config.patch, config.max_output_patches);
@@ -324,11 +372,9 @@ std::vector<float> Engine::predict_unrolled(const std::vector<Row>& rows, const 
         const int64_t size = static_cast<int64_t>(config.quantiles.size()) * steps;
         std::vector<float> on_paths(unrolling.rows().size() * static_cast<size_t>(size));
         std::vector<int64_t> tokens;
-        for (const Group& group : unrolling.groups()) {
-            tokens.push_back(0);
-            for (int64_t row = group.row_begin; row < group.row_begin + group.row_count; ++row)
-                tokens.back() += token_count_max(config, unrolling.rows()[static_cast<size_t>(row)].context_length, 0);
-        }
+        for (const Group& group : unrolling.groups())
+            tokens.push_back(
+                group_tokens(group, [&](int64_t row) { return unrolling.rows()[static_cast<size_t>(row)].context_length; }));
         in_chunks(unrolling.groups(), tokens, patches, 1, [&](int64_t begin, int64_t end, const std::vector<Group>& chunk) {
             task.check();
             const auto& path_rows = unrolling.rows();
@@ -344,6 +390,8 @@ std::vector<float> Engine::predict_unrolled(const std::vector<Row>& rows, const 
 void Engine::forecast(const ChronosRequest& request, Task& task, float* out) {
     const CallQueue::Turn turn(queue_, &task);
     const c10::InferenceMode inference;
+    const WorkStream::Scope stream(stream_);
+    const Float32Products products(model_->placement().products == Products::tf32);
     task.enter(DIFFUSIONZ_STAGE_FORECAST);
     task.set_step_count(static_cast<int32_t>(request.row_count));
     const ModelConfig& config = model_->config();
@@ -358,32 +406,63 @@ void Engine::forecast(const ChronosRequest& request, Task& task, float* out) {
     for (int64_t row = 0; row < request.row_count; ++row)
         place[static_cast<size_t>(row)] = is_target(request, row) ? targets++ : -1;
 
+    // Levels that the model has, as its own; empty when one has to be computed.
+    std::vector<int64_t> own_levels;
+    for (const double level : wanted) {
+        const auto own = std::find(config.quantiles.begin(), config.quantiles.end(), level);
+        if (own != config.quantiles.end()) own_levels.push_back(own - config.quantiles.begin());
+    }
+    if (request.monotone || own_levels.size() != wanted.size()) own_levels.clear();
+    // From quantiles [rows, levels of the model, stride] of batch.rows[begin .. end) to what was asked for.
+    const auto deliver = [&](int64_t begin, int64_t end, const float* quantiles, int64_t stride) {
+        at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
+            std::vector<float> values(static_cast<size_t>(native)), at_levels(wanted.size());
+            for (int64_t i = from; i < to; ++i) {
+                const int64_t target = place[static_cast<size_t>(batch.rows[static_cast<size_t>(i)])];
+                if (target < 0) continue;
+                const float* own = quantiles + (i - begin) * native * stride;
+                float* result = out + target * level_count * horizon;
+                if (!own_levels.empty()) {
+                    for (const int64_t level : own_levels) result = std::copy_n(own + level * stride, horizon, result);
+                    continue;
+                }
+                for (int64_t step = 0; step < horizon; ++step) {
+                    for (int64_t level = 0; level < native; ++level)
+                        values[static_cast<size_t>(level)] = own[level * stride + step];
+                    // Rearrangement (Chernozhukov et al. 2010): sorted quantiles are never further from the true ones.
+                    if (request.monotone) std::sort(values.begin(), values.end(), nan_last);
+                    interpolate_quantiles(config.quantiles, values.data(), wanted, at_levels.data());
+                    for (int64_t level = 0; level < level_count; ++level)
+                        result[level * horizon + step] = at_levels[static_cast<size_t>(level)];
+                }
+            }
+        });
+        task.add_steps(static_cast<int32_t>(end - begin));
+    };
+
     const int64_t first_patches = std::min((horizon + config.patch - 1) / config.patch, config.max_output_patches);
-    const int64_t copies = horizon > config.horizon() ? Unrolling::kPaths : 1;
-    in_chunks(batch.groups, batch.tokens, first_patches, copies,
+    const bool one_pass = horizon <= config.horizon();
+    row_pass_->abandon();
+    // A chunk that is on its way while the next one is made ready.
+    std::optional<std::pair<int64_t, int64_t>> sent;
+    const auto receive = [&] {
+        if (sent) deliver(sent->first, sent->second, row_pass_->collect(), first_patches * config.patch);
+        sent.reset();
+    };
+    in_chunks(batch.groups, batch.tokens, first_patches, one_pass ? 1 : Unrolling::kPaths,
               [&](int64_t begin, int64_t end, const std::vector<Group>& groups) {
                   task.check();
                   const std::vector<Row> rows = rows_of(request, {batch.rows.begin() + begin, batch.rows.begin() + end}, horizon);
-                  const std::vector<float> quantiles = predict_unrolled(rows, groups, horizon, task);
-                  at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
-                      std::vector<float> values(static_cast<size_t>(native)), at_levels(wanted.size());
-                      for (int64_t i = from; i < to; ++i) {
-                          const int64_t target = place[static_cast<size_t>(batch.rows[static_cast<size_t>(i)])];
-                          if (target < 0) continue;
-                          for (int64_t step = 0; step < horizon; ++step) {
-                              for (int64_t level = 0; level < native; ++level)
-                                  values[static_cast<size_t>(level)] =
-                                      quantiles[static_cast<size_t>(((i - begin) * native + level) * horizon + step)];
-                              // Rearrangement (Chernozhukov et al. 2010): sorted quantiles are never further from the true ones.
-                              if (request.monotone) std::sort(values.begin(), values.end(), nan_last);
-                              interpolate_quantiles(config.quantiles, values.data(), wanted, at_levels.data());
-                              for (int64_t level = 0; level < level_count; ++level)
-                                  out[(target * level_count + level) * horizon + step] = at_levels[static_cast<size_t>(level)];
-                          }
-                      }
-                  });
-                  task.add_steps(static_cast<int32_t>(end - begin));
+                  if (one_pass && row_pass_->takes(rows, groups, first_patches)) {
+                      row_pass_->submit(rows, first_patches);
+                      receive();
+                      sent.emplace(begin, end);
+                      return;
+                  }
+                  receive();
+                  deliver(begin, end, predict_unrolled(rows, groups, horizon, task).data(), horizon);
               });
+    receive();
     if (!request.constrain_ohlc) return;
     const int64_t size = level_count * horizon;
     for (int64_t candle = 0; candle < targets / 4; ++candle) {
@@ -399,6 +478,8 @@ void Engine::forecast(const ChronosRequest& request, Task& task, float* out) {
 void Engine::embed(const ChronosRequest& request, Task& task, float* values, float* loc, float* scale) {
     const CallQueue::Turn turn(queue_, &task);
     const c10::InferenceMode inference;
+    const WorkStream::Scope stream(stream_);
+    const Float32Products products(model_->placement().products == Products::tf32);
     task.enter(DIFFUSIONZ_STAGE_FORECAST);
     task.set_step_count(static_cast<int32_t>(request.row_count));
     const ModelConfig& config = model_->config();
@@ -433,7 +514,7 @@ std::string Engine::info() const {
     json["path"] = model_->folders().model.string();
     if (!model_->folders().lora.empty()) json["lora"] = model_->folders().lora.string();
     json["device"] = model_->placement().device.str();
-    json["precision"] = model_->placement().dtype == at::kFloat ? "float32" : "bfloat16";
+    json["precision"] = precision_name(model_->placement());
     json["parameters"] = model_->parameter_count();
     json["d_model"] = config.d_model;
     json["layers"] = config.layers;

@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "chronos/model.h"
+#include "chronos/row_pass.h"
 #include "chronos_c_api.h"
 #include "core/call_queue.h"
+#include "core/cuda_graph.h"
 
 namespace diffusionz::chronos {
 
@@ -47,6 +49,11 @@ private:
     struct Batch;
 
     int64_t context_length(const ChronosRequest& request) const;
+    // Steps of a row that are read.
+    int64_t steps_read(const ChronosRequest& request, int64_t row) const;
+    // Tokens of a group, without outputs.
+    template <class StepsOf>
+    int64_t group_tokens(const Group& group, StepsOf&& steps_of) const;
     // The request's groups, those of several rows first, then by length; rows by group.
     Batch arrange(const ChronosRequest& request) const;
     // What a pass reads of the request's `rows`; with horizon 0 nothing of their future.
@@ -58,13 +65,15 @@ private:
     void in_chunks(const std::vector<Group>& groups, const std::vector<int64_t>& tokens, int64_t output_patches, int64_t copies,
                    Visit&& visit) const;
     // Quantiles of one pass, unscaled: [rows, quantiles, output_patches * patch].
-    std::vector<float> predict(const std::vector<Row>& rows, const std::vector<Group>& groups, int64_t output_patches) const;
+    std::vector<float> predict(const std::vector<Row>& rows, const std::vector<Group>& groups, int64_t output_patches);
     // The same for any horizon: [rows, quantiles, prediction_length].
     std::vector<float> predict_unrolled(const std::vector<Row>& rows, const std::vector<Group>& groups, int64_t prediction_length,
-                                        const Task& task) const;
+                                        const Task& task);
 
     std::shared_ptr<const Model> model_;
     int64_t working_memory_bytes_;
+    std::unique_ptr<RowPass> row_pass_;
+    WorkStream stream_;
     CallQueue queue_;
 };
 

@@ -6,11 +6,18 @@
 #include "core/error.h"
 #include "core/model_cache.h"
 #include "ops/disabled.h"
+#include "ops/few_rows_linear.h"
+#include "ops/residual_norm.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/row_attention.h"
+#include "ops/series_quantiles.h"
 
 namespace diffusionz::chronos {
 namespace {
+
+// Up to here the weights' way from memory is what takes time.
+constexpr int64_t kFewTokens = 128;
 
 std::string layer_name(size_t layer, int sublayer) { return concat("encoder.block.", layer, ".layer.", sublayer, "."); }
 
@@ -54,11 +61,12 @@ Model::Model(const ModelFolders& folders, Placement placement)
         };
         Layer layer;
         layer.time_norm = norm(0), layer.group_norm = norm(1), layer.feed_forward_norm = norm(2);
-        layer.time = load_attention(layer_name(i, 0));
+        layer.time = load_attention(layer_name(i, 0), &layer.time_qkv);
         // In float64, so that folding costs no accuracy.
         const std::string group = layer_name(i, 1) + "self_attention.";
         const at::Tensor value = parameters_.get(group + "v.weight", {config_.inner(), config_.d_model}),
                          out = parameters_.get(group + "o.weight", {config_.d_model, config_.inner()});
+        // Read only when a group of several rows comes; of the right shape from the start.
         for (const char* part : {"q", "k"}) parameters_.get(group + part + ".weight", {config_.inner(), config_.d_model});
         if (folds_single_groups_)
             layer.group_alone = InvariantLinear(at::mm(out.to(at::kDouble), value.to(at::kDouble)).to(at::kFloat), {}, placement);
@@ -77,6 +85,39 @@ Model::Model(const ModelFolders& folders, Placement placement)
     const at::Tensor angles = at::outer(at::arange(positions, f32), frequencies);
     cos_ = angles.cos().to(placement.device);
     sin_ = angles.sin().to(placement.device);
+    prepare_rows();
+}
+
+void Model::prepare_rows() {
+    // On the CPU only where it is asked for: there the packed products of encode are faster, and the same for a row in any
+    // company.
+    const bool wanted = placement_.device.is_cuda() || (placement_.dtype == at::kFloat && !input_embedding_.hidden().packed());
+    if (!wanted || !folds_single_groups_) return;
+    const auto get = [&](const char* name, const std::vector<int64_t>& shape) {
+        return parameters_.get(concat("input_patch_embedding.", name), shape);
+    };
+    const auto place = [&](const at::Tensor& x) {
+        return x.to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
+    };
+    const int64_t width = config_.d_model, in = 3 * config_.patch;
+    const at::Tensor register_embedding =
+        config_.register_token ? parameters_.get("shared.weight", {2, width}).select(0, 1) : at::Tensor();
+    embed_hidden_ = place(series_weight(get("hidden_layer.weight", {config_.d_ff, in}), get("hidden_layer.bias", {config_.d_ff}),
+                                        {}, placement_.dtype));
+    embed_residual_ = place(series_weight(get("residual_layer.weight", {width, in}),
+                                          get("residual_layer.bias", {width}) + get("output_layer.bias", {width}),
+                                          register_embedding, placement_.dtype));
+    embed_output_ = place(get("output_layer.weight", {width, config_.d_ff}));
+    no_bias_ = at::zeros({config_.d_ff}, embed_output_.options());
+    head_bias_ = output_embedding_.output().bias() + output_embedding_.residual().bias();
+    computes_few_rows_ = width % 64 == 0;
+    for (const at::Tensor& weight : {embed_hidden_, embed_output_, embed_residual_})
+        computes_few_rows_ = computes_few_rows_ && few_rows_linear_fits(weight);
+    for (const Layer& layer : layers_) {
+        for (const at::Tensor& weight :
+             {layer.time_qkv, layer.time.o.weight(), layer.group_alone.weight(), layer.wi.weight(), layer.wo.weight()})
+            computes_few_rows_ = computes_few_rows_ && few_rows_linear_fits(weight);
+    }
 }
 
 std::shared_ptr<const Model> Model::load(const std::filesystem::path& path, const std::filesystem::path& lora,
@@ -88,13 +129,17 @@ std::shared_ptr<const Model> Model::load(const std::filesystem::path& path, cons
     return cache.get(key, [&] { return std::make_shared<const Model>(folders, placement); });
 }
 
-Model::Attention Model::load_attention(const std::string& name) const {
+Model::Attention Model::load_attention(const std::string& name, at::Tensor* fused) const {
     const int64_t inner = config_.inner(), width = config_.d_model;
     const auto get = [&](const char* part, int64_t out, int64_t in) {
         return parameters_.get(name + "self_attention." + part + ".weight", {out, in});
     };
-    return {InvariantLinear(get("q", inner, width), {}, placement_),
-            InvariantLinear(at::cat({get("k", inner, width), get("v", inner, width)}), {}, placement_),
+    at::Tensor q = get("q", inner, width), kv = at::cat({get("k", inner, width), get("v", inner, width)});
+    if (fused && (placement_.device.is_cuda() || !input_embedding_.hidden().packed())) {
+        *fused = at::cat({q, kv}).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
+        q = fused->narrow(0, 0, inner), kv = fused->narrow(0, inner, 2 * inner);
+    }
+    return {InvariantLinear(q, {}, placement_), InvariantLinear(kv, {}, placement_),
             InvariantLinear(get("o", width, inner), {}, placement_)};
 }
 
@@ -162,8 +207,110 @@ at::Tensor Model::encode(const Tokens& tokens, bool all, const std::function<voi
     return rms_norm(x, final_norm_, config_.norm_epsilon);
 }
 
+namespace {
+
+// max(x W^T, 0) in x's dtype; in 16 bits one launch.
+at::Tensor relu_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& no_bias) {
+    if (x.scalar_type() == at::kFloat) return at::mm(x, weight.t()).relu_();
+    return at::_addmm_activation(no_bias, x, weight.t());
+}
+
+// sum += x W^T, sums of 16-bit products in float32.
+void add_product(at::Tensor& sum, const at::Tensor& x, const at::Tensor& weight) {
+    if (x.scalar_type() == at::kFloat) {
+        sum.addmm_(x, weight.t());
+    } else {
+        at::addmm_out(sum, sum, x, weight.t(), at::kFloat);
+    }
+}
+
+at::Tensor float_product(const at::Tensor& x, const at::Tensor& weight) {
+    return x.scalar_type() == at::kFloat ? at::mm(x, weight.t()) : at::mm(x, weight.t(), at::kFloat);
+}
+
+// The last `count` tokens of each row: x [rows * tokens, width] to [rows, count, width].
+at::Tensor last_tokens(const at::Tensor& x, int64_t rows, int64_t count) {
+    const at::Tensor by_row = x.unflatten(0, {rows, -1});
+    return by_row.narrow(1, by_row.size(1) - count, count);
+}
+
+}  // namespace
+
+at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const {
+    const int64_t inner = config_.inner();
+    const auto norm = [&](at::Tensor& x, const at::Tensor& weight) {
+        return residual_norm(x, {}, weight, config_.norm_epsilon, placement_.dtype);
+    };
+    at::Tensor x = float_product(tokens.features, embed_residual_);
+    add_product(x, relu_product(tokens.features, embed_hidden_, no_bias_), embed_output_);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const Layer& layer = layers_[i];
+        const at::Tensor normed = norm(x, layer.time_norm);
+        at::Tensor q, k, v;  // [rows, tokens, inner]
+        if (i + 1 < layers_.size()) {
+            const auto parts = at::mm(normed, layer.time_qkv.t()).unflatten(0, {rows, -1}).chunk(3, 2);
+            q = parts[0], k = parts[1], v = parts[2];
+        } else {
+            // After the last layer only the outputs are read.
+            const auto parts = at::mm(normed, layer.time.kv.weight().t()).unflatten(0, {rows, -1}).chunk(2, 2);
+            k = parts[0], v = parts[1];
+            const at::Tensor outputs = last_tokens(normed, rows, output_patches).reshape({-1, config_.d_model});
+            q = at::mm(outputs, layer.time.q.weight().t()).unflatten(0, {rows, -1});
+            x = last_tokens(x, rows, output_patches).reshape({-1, config_.d_model});
+        }
+        const at::Tensor mixed = row_attention(q, k, v, config_.heads, tokens.valid, cos_, sin_).reshape({-1, inner});
+        add_product(x, mixed, layer.time.o.weight());
+        add_product(x, norm(x, layer.group_norm), layer.group_alone.weight());
+        add_product(x, relu_product(norm(x, layer.feed_forward_norm), layer.wi.weight(), no_bias_), layer.wo.weight());
+    }
+    return x;
+}
+
+at::Tensor Model::encode_few_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const {
+    const auto normed = [&](const Stream& stream, const at::Tensor& weight) {
+        return FewRows{{}, stream, weight, config_.norm_epsilon};
+    };
+    const auto plain = [](const at::Tensor& x) { return FewRows{x, {}, {}, 0.0}; };
+    Stream x = few_rows_add({}, plain(tokens.features), embed_residual_);
+    x = few_rows_add(x, plain(few_rows_linear(plain(tokens.features), embed_hidden_, /*relu=*/true)), embed_output_);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const Layer& layer = layers_[i];
+        const auto parts =
+            few_rows_linear(normed(x, layer.time_norm), layer.time_qkv, /*relu=*/false).unflatten(0, {rows, -1}).chunk(3, 2);
+        at::Tensor q = parts[0];
+        if (i + 1 == layers_.size()) {
+            q = q.narrow(1, q.size(1) - output_patches, output_patches);
+            x.values = last_tokens(x.values, rows, output_patches).reshape({-1, config_.d_model});
+        }
+        const at::Tensor mixed =
+            row_attention(q, parts[1], parts[2], config_.heads, tokens.valid, cos_, sin_, /*overlapped=*/true);
+        x = few_rows_add(x, plain(mixed.flatten(0, 1)), layer.time.o.weight());
+        x = few_rows_add(x, normed(x, layer.group_norm), layer.group_alone.weight());
+        x = few_rows_add(x, plain(few_rows_linear(normed(x, layer.feed_forward_norm), layer.wi.weight(), /*relu=*/true)),
+                         layer.wo.weight());
+    }
+    return x.values;
+}
+
+at::Tensor Model::forecast_rows(const at::Tensor& context, const at::Tensor& future) const {
+    const int64_t rows = context.size(0), output_patches = future.size(1) / config_.patch;
+    const SeriesTokens tokens = series_tokens(
+        {config_.patch, config_.register_token, config_.arcsinh, config_.time_encoding_scale}, context, future, placement_.dtype);
+    const bool few = computes_few_rows_ && tokens.features.size(0) <= kFewTokens;
+    const at::Tensor hidden =
+        rms_norm(few ? encode_few_rows(tokens, rows, output_patches) : encode_rows(tokens, rows, output_patches), final_norm_,
+                 config_.norm_epsilon);
+    const InvariantLinear &up = output_embedding_.hidden(), &down = output_embedding_.output(),
+                          &direct = output_embedding_.residual();
+    at::Tensor z = at::addmm(head_bias_, hidden, direct.weight().t());
+    z.addmm_(at::_addmm_activation(up.bias(), hidden, up.weight().t()), down.weight().t());
+    return series_quantiles(z.view({rows, output_patches, -1, config_.patch}), tokens.loc, tokens.scale, config_.arcsinh);
+}
+
 size_t Model::nbytes() const {
     size_t total = input_embedding_.nbytes() + output_embedding_.nbytes();
+    for (const at::Tensor& weight : {embed_hidden_, embed_output_, embed_residual_})
+        total += weight.defined() ? weight.nbytes() : 0;
     for (const Layer& layer : layers_) {
         total += layer.time.q.nbytes() + layer.time.kv.nbytes() + layer.time.o.nbytes() + layer.group_alone.nbytes() +
                  layer.wi.nbytes() + layer.wo.nbytes();

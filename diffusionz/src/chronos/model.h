@@ -13,6 +13,7 @@
 #include "chronos/parameters.h"
 #include "chronos/tokens.h"
 #include "ops/invariant_linear.h"
+#include "ops/series_tokens.h"
 
 namespace diffusionz::chronos {
 
@@ -23,6 +24,9 @@ public:
                   at::Device device);
     at::Tensor operator()(const at::Tensor& x) const;
     size_t nbytes() const { return hidden_.nbytes() + output_.nbytes() + residual_.nbytes(); }
+    const InvariantLinear& hidden() const { return hidden_; }
+    const InvariantLinear& output() const { return output_; }
+    const InvariantLinear& residual() const { return residual_; }
 
 private:
     InvariantLinear hidden_, output_, residual_;
@@ -44,6 +48,14 @@ public:
     // Scaled quantiles of hidden states: float32 [n, d_model] to [n, quantiles * patch], quantile-major.
     at::Tensor head(const at::Tensor& hidden) const { return output_embedding_(hidden); }
 
+    // Whether rows that stand alone can be computed by forecast_rows: where products are the device's, not packed.
+    bool computes_rows() const { return embed_hidden_.defined(); }
+    // The whole of a pass over rows that stand alone, all on the device: context float32 [rows, patches * patch], filled up with
+    // NaN in front, future float32 [rows, output patches * patch], NaN where not known, to quantiles [rows, levels, output
+    // patches * patch]. A missing patch is a token that no other attends to. A function of its inputs without waits: a CUDA graph
+    // can hold it.
+    at::Tensor forecast_rows(const at::Tensor& context, const at::Tensor& future) const;
+
     const ModelConfig& config() const { return config_; }
     const ModelFolders& folders() const { return folders_; }
     const Placement& placement() const { return placement_; }
@@ -59,13 +71,20 @@ private:
     };
     struct Layer {
         at::Tensor time_norm, group_norm, feed_forward_norm;
+        at::Tensor time_qkv;  // [3 * inner, d_model], whose rows time.q and time.kv are; undefined where products are packed
         Attention time;
         InvariantLinear group_alone;  // Wo Wv: what group attention is for a group of one
         InvariantLinear wi, wo;
     };
-    Attention load_attention(const std::string& name) const;
+    // `fused`, when given, gets queries', keys' and values' weights in one tensor, where products are not packed.
+    Attention load_attention(const std::string& name, at::Tensor* fused = nullptr) const;
+    void prepare_rows();
     // The whole of group attention, packed when a group of several rows first comes.
     const std::vector<Attention>& group_attention() const;
+    // Hidden states of the outputs, before the final norm: [rows * output_patches, d_model].
+    at::Tensor encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const;
+    // The same for so few that reading the weights is what takes time.
+    at::Tensor encode_few_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const;
     // x += attention over each group's rows.
     void attend_groups(size_t layer, at::Tensor& x, const GroupAttention& group) const;
 
@@ -75,6 +94,10 @@ private:
     Parameters parameters_;
     ResidualBlock input_embedding_, output_embedding_;
     at::Tensor register_embedding_, final_norm_, cos_, sin_;
+    // The patch embedding in the products' dtype, for the features of series_tokens; undefined where products are packed.
+    at::Tensor embed_hidden_, embed_output_, embed_residual_;
+    at::Tensor no_bias_, head_bias_;  // [d_ff], and the sum of the head's last two
+    bool computes_few_rows_ = false;
     std::vector<Layer> layers_;
     bool folds_single_groups_;
     mutable std::mutex group_mutex_;

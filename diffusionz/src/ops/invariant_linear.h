@@ -23,6 +23,11 @@ public:
     // sum [rows, out] += y.
     void add_to(at::Tensor sum, const at::Tensor& x) const;
 
+    // Whether the weight is packed: the case in which rows do not depend on each other.
+    bool packed() const { return packed_; }
+    // [out, in] in the placement's dtype; of a packed one nothing that anyone else could read.
+    const at::Tensor& weight() const { return weight_; }
+    const at::Tensor& bias() const { return bias_; }  // float32, or undefined
     size_t nbytes() const { return weight_.defined() ? weight_.nbytes() + (bias_.defined() ? bias_.nbytes() : 0) : 0; }
 
 private:
