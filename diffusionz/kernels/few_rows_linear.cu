@@ -158,7 +158,19 @@ cudaError_t run(const FewRowsLinearArguments& p, cudaStream_t stream) {
                                                    (kRows + kColumns) * (kDepthMax + kPad) * static_cast<int>(sizeof(T)));
     if (error != cudaSuccess) return error;
     const dim3 grid(p.out / kColumns * kParts, (p.rows + kRows - 1) / kRows);
-    return launch(few_rows_kernel<T, kParts>, grid, kThreads, bytes, stream, p.overlapped, p, kParts);
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {kParts, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = p.overlapped ? 2 : 1;
+    return cudaLaunchKernelEx(&config, few_rows_kernel<T, kParts>, p);
 }
 
 template <class T>
