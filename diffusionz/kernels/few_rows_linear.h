@@ -4,23 +4,27 @@
 
 namespace diffusionz::kernels {
 
+// What a norm of rows needs: the sums of their squares over each 16 numbers.
+constexpr int kSquaresOf = 16;
+
 enum class FewRowsFinish { store, relu, add };
 
 struct FewRowsLinearArguments {
-    Type type;  // of the factors: float16 or bfloat16
+    Type type;  // of x, weight and y: float16 or bfloat16
     int32_t rows, in, out;
-    // The rows: x [rows, in] in `type`; or else stream, which is normalised on the way: stream / sqrt(mean(stream^2) + epsilon) *
-    // norm_weight, with the squares summed over each 64 numbers, squares [rows, in / 64], by whoever wrote it.
-    const void* x;
-    const float *stream, *norm_weight, *squares;
-    float epsilon;
+    const void* x;       // [rows, in]
     const void* weight;  // [out, in]
+    float epsilon;
+    // Null, or x is a multiple of a residual stream that is to be normalised: row i of the product is multiplied by
+    // norm(squares) / norm(x_squares), where norm(s) = 1 / sqrt(mean + epsilon) of a row, both [rows, in / 16]; x_squares null
+    // for 1.
+    const float *squares, *x_squares;
     FewRowsFinish finish;
-    void* y;  // store, relu: [rows, out] in `type`
-    // add: sum = residual + product, float32 [rows, out], and its squares; residual may be null, and must not be `sum` where
-    // `stream` is: others still read it.
-    const float* residual;
-    float *sum, *sum_squares;
+    // store, relu: [rows, out]. add: the stream after the sum times norm(residual_squares), or 1 for null: what the next product
+    // reads.
+    void* y;
+    const float *residual, *residual_squares;  // [rows, out] and [rows, out / 16], or null for 0
+    float *sum, *sum_squares;                  // add: residual + product, and its squares. `sum` may be `residual`.
     bool overlapped;
 };
 

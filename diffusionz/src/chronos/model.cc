@@ -48,7 +48,11 @@ Model::Model(const ModelFolders& folders, Placement placement)
       input_embedding_(parameters_, "input_patch_embedding", 3 * config_.patch, config_.d_ff, config_.d_model, placement.device),
       output_embedding_(parameters_, "output_patch_embedding", config_.d_model, config_.d_ff,
                         static_cast<int64_t>(config_.quantiles.size()) * config_.patch, placement.device),
-      folds_single_groups_(!kernel_disabled("fold_group_attention")) {
+      folds_single_groups_(!kernel_disabled("fold_group_attention")),
+      // On the CPU only where it is asked for: there the packed products of encode are faster, and the same for a row in any
+      // company.
+      computes_rows_(folds_single_groups_ &&
+                     (placement.device.is_cuda() || (placement.dtype == at::kFloat && !input_embedding_.hidden().packed()))) {
     const auto vector = [&](const at::Tensor& weight) {
         return weight.to(placement.device, /*non_blocking=*/false, /*copy=*/true);
     };
@@ -57,21 +61,24 @@ Model::Model(const ModelFolders& folders, Placement placement)
     final_norm_ = vector(parameters_.get("encoder.final_layer_norm.weight", {config_.d_model}));
     for (size_t i = 0; i < static_cast<size_t>(config_.layers); ++i) {
         const auto norm = [&](int sublayer) {
-            return vector(parameters_.get(layer_name(i, sublayer) + "layer_norm.weight", {config_.d_model}));
+            const at::Tensor weight = norm_weight(i, sublayer);
+            return vector(computes_rows_ ? at::ones_like(weight) : weight);
         };
         Layer layer;
         layer.time_norm = norm(0), layer.group_norm = norm(1), layer.feed_forward_norm = norm(2);
-        layer.time = load_attention(layer_name(i, 0), &layer.time_qkv);
+        layer.time = load_attention(i, 0, &layer.time_qkv);
         // In float64, so that folding costs no accuracy.
         const std::string group = layer_name(i, 1) + "self_attention.";
         const at::Tensor value = parameters_.get(group + "v.weight", {config_.inner(), config_.d_model}),
                          out = parameters_.get(group + "o.weight", {config_.d_model, config_.inner()});
         // Read only when a group of several rows comes; of the right shape from the start.
         for (const char* part : {"q", "k"}) parameters_.get(group + part + ".weight", {config_.inner(), config_.d_model});
-        if (folds_single_groups_)
-            layer.group_alone = InvariantLinear(at::mm(out.to(at::kDouble), value.to(at::kDouble)).to(at::kFloat), {}, placement);
-        layer.wi =
-            InvariantLinear(parameters_.get(layer_name(i, 2) + "mlp.wi.weight", {config_.d_ff, config_.d_model}), {}, placement);
+        if (folds_single_groups_) {
+            const at::Tensor product = at::mm(out.to(at::kDouble), value.to(at::kDouble));
+            layer.group_alone = InvariantLinear(with_norm(product, i, 1).to(at::kFloat), {}, placement);
+        }
+        const at::Tensor wi = parameters_.get(layer_name(i, 2) + "mlp.wi.weight", {config_.d_ff, config_.d_model});
+        layer.wi = InvariantLinear(with_norm(wi, i, 2), {}, placement);
         layer.wo =
             InvariantLinear(parameters_.get(layer_name(i, 2) + "mlp.wo.weight", {config_.d_model, config_.d_ff}), {}, placement);
         layers_.push_back(std::move(layer));
@@ -89,10 +96,7 @@ Model::Model(const ModelFolders& folders, Placement placement)
 }
 
 void Model::prepare_rows() {
-    // On the CPU only where it is asked for: there the packed products of encode are faster, and the same for a row in any
-    // company.
-    const bool wanted = placement_.device.is_cuda() || (placement_.dtype == at::kFloat && !input_embedding_.hidden().packed());
-    if (!wanted || !folds_single_groups_) return;
+    if (!computes_rows_) return;
     const auto get = [&](const char* name, const std::vector<int64_t>& shape) {
         return parameters_.get(concat("input_patch_embedding.", name), shape);
     };
@@ -129,13 +133,22 @@ std::shared_ptr<const Model> Model::load(const std::filesystem::path& path, cons
     return cache.get(key, [&] { return std::make_shared<const Model>(folders, placement); });
 }
 
-Model::Attention Model::load_attention(const std::string& name, at::Tensor* fused) const {
+at::Tensor Model::norm_weight(size_t layer, int sublayer) const {
+    return parameters_.get(layer_name(layer, sublayer) + "layer_norm.weight", {config_.d_model});
+}
+
+at::Tensor Model::with_norm(const at::Tensor& weight, size_t layer, int sublayer) const {
+    return computes_rows_ ? weight * norm_weight(layer, sublayer) : weight;
+}
+
+Model::Attention Model::load_attention(size_t layer, int sublayer, at::Tensor* fused) const {
     const int64_t inner = config_.inner(), width = config_.d_model;
     const auto get = [&](const char* part, int64_t out, int64_t in) {
-        return parameters_.get(name + "self_attention." + part + ".weight", {out, in});
+        return parameters_.get(concat(layer_name(layer, sublayer), "self_attention.", part, ".weight"), {out, in});
     };
-    at::Tensor q = get("q", inner, width), kv = at::cat({get("k", inner, width), get("v", inner, width)});
-    if (fused && (placement_.device.is_cuda() || !input_embedding_.hidden().packed())) {
+    at::Tensor q = with_norm(get("q", inner, width), layer, sublayer),
+               kv = with_norm(at::cat({get("k", inner, width), get("v", inner, width)}), layer, sublayer);
+    if (fused && computes_rows_) {
         *fused = at::cat({q, kv}).to(at::TensorOptions().device(placement_.device).dtype(placement_.dtype));
         q = fused->narrow(0, 0, inner), kv = fused->narrow(0, inner, 2 * inner);
     }
@@ -147,7 +160,7 @@ const std::vector<Model::Attention>& Model::group_attention() const {
     const std::lock_guard lock(group_mutex_);
     if (group_attention_.empty()) {
         std::vector<Attention> loaded;
-        for (size_t i = 0; i < layers_.size(); ++i) loaded.push_back(load_attention(layer_name(i, 1)));
+        for (size_t i = 0; i < layers_.size(); ++i) loaded.push_back(load_attention(i, 1));
         parameters_.release_pages();
         group_attention_ = std::move(loaded);
     }
@@ -238,14 +251,12 @@ at::Tensor last_tokens(const at::Tensor& x, int64_t rows, int64_t count) {
 
 at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const {
     const int64_t inner = config_.inner();
-    const auto norm = [&](at::Tensor& x, const at::Tensor& weight) {
-        return residual_norm(x, {}, weight, config_.norm_epsilon, placement_.dtype);
-    };
+    const auto norm = [&](const at::Tensor& x) { return residual_norm(x, config_.norm_epsilon, placement_.dtype); };
     at::Tensor x = float_product(tokens.features, embed_residual_);
     add_product(x, relu_product(tokens.features, embed_hidden_, no_bias_), embed_output_);
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer& layer = layers_[i];
-        const at::Tensor normed = norm(x, layer.time_norm);
+        const at::Tensor normed = norm(x);
         at::Tensor q, k, v;  // [rows, tokens, inner]
         if (i + 1 < layers_.size()) {
             const auto parts = at::mm(normed, layer.time_qkv.t()).unflatten(0, {rows, -1}).chunk(3, 2);
@@ -260,34 +271,31 @@ at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t 
         }
         const at::Tensor mixed = row_attention(q, k, v, config_.heads, tokens.valid, cos_, sin_).reshape({-1, inner});
         add_product(x, mixed, layer.time.o.weight());
-        add_product(x, norm(x, layer.group_norm), layer.group_alone.weight());
-        add_product(x, relu_product(norm(x, layer.feed_forward_norm), layer.wi.weight(), no_bias_), layer.wo.weight());
+        add_product(x, norm(x), layer.group_alone.weight());
+        add_product(x, relu_product(norm(x), layer.wi.weight(), no_bias_), layer.wo.weight());
     }
     return x;
 }
 
 at::Tensor Model::encode_few_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const {
-    const auto normed = [&](const Stream& stream, const at::Tensor& weight) {
-        return FewRows{{}, stream, weight, config_.norm_epsilon};
-    };
-    const auto plain = [](const at::Tensor& x) { return FewRows{x, {}, {}, 0.0}; };
-    Stream x = few_rows_add({}, plain(tokens.features), embed_residual_);
-    x = few_rows_add(x, plain(few_rows_linear(plain(tokens.features), embed_hidden_, /*relu=*/true)), embed_output_);
+    const double eps = config_.norm_epsilon;
+    Stream x = few_rows_add({}, eps, tokens.features, embed_residual_);
+    x = few_rows_add(x, eps, few_rows_linear(tokens.features, embed_hidden_, /*relu=*/true), embed_output_);
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer& layer = layers_[i];
-        const auto parts =
-            few_rows_linear(normed(x, layer.time_norm), layer.time_qkv, /*relu=*/false).unflatten(0, {rows, -1}).chunk(3, 2);
+        const auto parts = few_rows_linear(x, eps, layer.time_qkv, /*relu=*/false).unflatten(0, {rows, -1}).chunk(3, 2);
         at::Tensor q = parts[0];
         if (i + 1 == layers_.size()) {
+            // After the last layer only the outputs are read.
             q = q.narrow(1, q.size(1) - output_patches, output_patches);
-            x.values = last_tokens(x.values, rows, output_patches).reshape({-1, config_.d_model});
+            for (at::Tensor* part : {&x.values, &x.squares})
+                *part = last_tokens(*part, rows, output_patches).reshape({rows * output_patches, -1});
         }
         const at::Tensor mixed =
             row_attention(q, parts[1], parts[2], config_.heads, tokens.valid, cos_, sin_, /*overlapped=*/true);
-        x = few_rows_add(x, plain(mixed.flatten(0, 1)), layer.time.o.weight());
-        x = few_rows_add(x, normed(x, layer.group_norm), layer.group_alone.weight());
-        x = few_rows_add(x, plain(few_rows_linear(normed(x, layer.feed_forward_norm), layer.wi.weight(), /*relu=*/true)),
-                         layer.wo.weight());
+        x = few_rows_add(x, eps, mixed.flatten(0, 1), layer.time.o.weight());
+        x = few_rows_add_own(x, eps, layer.group_alone.weight());
+        x = few_rows_add(x, eps, few_rows_linear(x, eps, layer.wi.weight(), /*relu=*/true), layer.wo.weight());
     }
     return x.values;
 }

@@ -49,7 +49,7 @@ public:
     at::Tensor head(const at::Tensor& hidden) const { return output_embedding_(hidden); }
 
     // Whether rows that stand alone can be computed by forecast_rows: where products are the device's, not packed.
-    bool computes_rows() const { return embed_hidden_.defined(); }
+    bool computes_rows() const { return computes_rows_; }
     // The whole of a pass over rows that stand alone, all on the device: context float32 [rows, patches * patch], filled up with
     // NaN in front, future float32 [rows, output patches * patch], NaN where not known, to quantiles [rows, levels, output
     // patches * patch]. A missing patch is a token that no other attends to. A function of its inputs without waits: a CUDA graph
@@ -71,13 +71,16 @@ private:
     };
     struct Layer {
         at::Tensor time_norm, group_norm, feed_forward_norm;
-        at::Tensor time_qkv;  // [3 * inner, d_model], whose rows time.q and time.kv are; undefined where products are packed
+        at::Tensor time_qkv;  // [3 * inner, d_model], whose rows time.q and time.kv are; where rows are computed
         Attention time;
         InvariantLinear group_alone;  // Wo Wv: what group attention is for a group of one
         InvariantLinear wi, wo;
     };
-    // `fused`, when given, gets queries', keys' and values' weights in one tensor, where products are not packed.
-    Attention load_attention(const std::string& name, at::Tensor* fused = nullptr) const;
+    at::Tensor norm_weight(size_t layer, int sublayer) const;
+    // `weight` times the weight of the norm before it, where forecast_rows needs it so; the norms of the layers are then ones.
+    at::Tensor with_norm(const at::Tensor& weight, size_t layer, int sublayer) const;
+    // `fused`, when given, gets queries', keys' and values' weights in one tensor, where rows are computed.
+    Attention load_attention(size_t layer, int sublayer, at::Tensor* fused = nullptr) const;
     void prepare_rows();
     // The whole of group attention, packed when a group of several rows first comes.
     const std::vector<Attention>& group_attention() const;
@@ -94,12 +97,12 @@ private:
     Parameters parameters_;
     ResidualBlock input_embedding_, output_embedding_;
     at::Tensor register_embedding_, final_norm_, cos_, sin_;
-    // The patch embedding in the products' dtype, for the features of series_tokens; undefined where products are packed.
+    // The patch embedding in the products' dtype, for the features of series_tokens; where rows are computed.
     at::Tensor embed_hidden_, embed_output_, embed_residual_;
     at::Tensor no_bias_, head_bias_;  // [d_ff], and the sum of the head's last two
     bool computes_few_rows_ = false;
     std::vector<Layer> layers_;
-    bool folds_single_groups_;
+    bool folds_single_groups_, computes_rows_;
     mutable std::mutex group_mutex_;
     mutable std::vector<Attention> group_attention_;
 };

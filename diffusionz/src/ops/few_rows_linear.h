@@ -8,27 +8,25 @@
 
 namespace diffusionz {
 
-// A residual stream, and the squares that its next norm adds up.
+// A residual stream, as few_rows_add leaves it.
 struct Stream {
-    at::Tensor values;   // float32 [rows, width]
-    at::Tensor squares;  // float32 [rows, width / 64], each of 64 numbers
-};
-
-// What a product reads: rows in the weight's dtype, or the normalised stream.
-struct FewRows {
-    at::Tensor x;  // [rows, in]; or undefined, and:
-    Stream stream;
-    at::Tensor norm_weight;  // float32 [in]
-    double epsilon = 0.0;
+    at::Tensor values;       // float32 [rows, width]
+    at::Tensor squares;      // float32 [rows, width / 16], each the squares of 16 numbers
+    at::Tensor rows;         // in 16 bits: the stream, normalised by what follows, or not at all where that is undefined
+    at::Tensor row_squares;  // of the stream before the last sum
 };
 
 // Whether the device of `weight` [out, in], its dtype and its size have a kernel.
 bool few_rows_linear_fits(const at::Tensor& weight);
 
-// rows W^T in the weight's dtype, without what is below 0 where `relu`.
-at::Tensor few_rows_linear(const FewRows& rows, const at::Tensor& weight, bool relu);
+// x W^T, x in the weight's dtype, without what is below 0 where `relu`.
+at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight, bool relu);
+// The same of x / sqrt(mean(x^2) + eps); the norm's weight is part of `weight`.
+at::Tensor few_rows_linear(const Stream& x, double eps, const at::Tensor& weight, bool relu);
 
-// residual + rows W^T; residual.values may be undefined for 0.
-Stream few_rows_add(const Stream& residual, const FewRows& rows, const at::Tensor& weight);
+// sum + x W^T; sum.values may be undefined for 0.
+Stream few_rows_add(const Stream& sum, double eps, const at::Tensor& x, const at::Tensor& weight);
+// sum + (sum / sqrt(mean(sum^2) + eps)) W^T.
+Stream few_rows_add_own(const Stream& sum, double eps, const at::Tensor& weight);
 
 }  // namespace diffusionz

@@ -12,15 +12,13 @@
 
 namespace diffusionz {
 
-at::Tensor residual_norm(at::Tensor x, const at::Tensor& delta, const at::Tensor& weight, double eps, at::ScalarType dtype) {
+at::Tensor residual_norm(const at::Tensor& x, double eps, at::ScalarType dtype) {
 #ifdef DIFFUSIONZ_WITH_CUDA
     if (x.is_cuda() && x.size(1) % 4 == 0 && x.stride(0) % 4 == 0 && !kernel_disabled("residual_norm")) {
         at::Tensor y = at::empty(x.sizes(), x.options().dtype(dtype));
         kernels::ResidualNormArguments p{};
         p.type = kernel_type(dtype);
-        p.x = x.mutable_data_ptr<float>();
-        p.delta = data_of(delta);
-        p.weight = weight.const_data_ptr<float>();
+        p.x = x.const_data_ptr<float>();
         p.y = y.mutable_data_ptr();
         p.rows = x.size(0), p.x_stride = x.stride(0);
         p.width = static_cast<int32_t>(x.size(1));
@@ -29,8 +27,7 @@ at::Tensor residual_norm(at::Tensor x, const at::Tensor& delta, const at::Tensor
         return y;
     }
 #endif
-    if (delta.defined()) x.add_(delta);
-    return (x * at::rsqrt(x.square().mean(-1, /*keepdim=*/true).add_(eps)) * weight).to(dtype);
+    return (x * at::rsqrt(x.square().mean(-1, /*keepdim=*/true).add_(eps))).to(dtype);
 }
 
 }  // namespace diffusionz

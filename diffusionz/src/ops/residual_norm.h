@@ -5,9 +5,8 @@
 
 namespace diffusionz {
 
-// x / sqrt(mean(x^2) + eps) * weight over the last dimension in float32, then in `dtype`. x float32 [rows, width], whose rows may
-// lie apart; weight float32 [width]. Where `delta` [rows, width], in `dtype`, is defined, x += delta comes first. Reference:
-// ATen, the path of the CPU (DIFFUSIONZ_DISABLE_KERNELS=residual_norm).
-at::Tensor residual_norm(at::Tensor x, const at::Tensor& delta, const at::Tensor& weight, double eps, at::ScalarType dtype);
+// x / sqrt(mean(x^2) + eps) over the last dimension in float32, then in `dtype`. x float32 [rows, width], whose rows may lie
+// apart. Reference: ATen, the path of the CPU (DIFFUSIONZ_DISABLE_KERNELS=residual_norm).
+at::Tensor residual_norm(const at::Tensor& x, double eps, at::ScalarType dtype);
 
 }  // namespace diffusionz
