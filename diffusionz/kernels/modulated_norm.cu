@@ -1,8 +1,11 @@
 // The normalisations around the sublayers of a transformer block, each one pass over memory:
 //
 //   modulated_norm        y = x / sqrt(mean(x^2) + eps) * weight * scale
-//   gated_residual        s = x + gate * (y / sqrt(mean(y^2) + eps) * weight),  n = s / sqrt(mean(s^2) + eps) * next_weight *
-//   next_scale modulated_layer_norm  y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * scale
+//
+//   gated_residual        s = x + gate * (y / sqrt(mean(y^2) + eps) * weight)
+//                         n = s / sqrt(mean(s^2) + eps) * next_weight * next_scale
+//
+//   modulated_layer_norm  y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * scale
 //
 // A block a row; the row stays in registers between its statistics and its result. What a row is multiplied by is read by every
 // row and stays in the first-level cache, because the rows themselves are loaded past it. Results are also written as FP8 with
