@@ -19,37 +19,49 @@ constexpr int kHead = 64, kBlock = 64, kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kPitch = kHead + 8;  // of a row in shared memory: rows of a ldmatrix fall on different banks
 constexpr float kMasked = -1e30f, kLog2E = 1.4426950408889634f;
 
-// Rows first to first + 64 of a segment into shared memory, rotated where there is a table; rows from `count` on are zero.
+__device__ inline void copy_async(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+// Rows first to first + 64 of a segment on their way into shared memory; rows from `count` on are zero. A thread has 8 numbers of
+// a row's first half and their partners of the second, four threads a row.
 template <class T>
-__device__ void load_rows(T (*tile)[kPitch], const T* rows, int64_t stride, int first, int count, const float* cos,
-                          const float* sin, int position) {
-    using V = Vector<T>;
+__device__ inline void request_rows(T (*tile)[kPitch], const T* rows, int64_t stride, int first, int count) {
+    const int column = threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int part = 0; part < kBlock * 4 / kThreads; ++part) {
-        const int item = part * kThreads + threadIdx.x, row = item / 4, column = item % 4 * 8;
-        V low{}, high{};
-        if (first + row < count) {
-            const T* source = rows + (first + row) * stride + column;
-            low = *reinterpret_cast<const V*>(source);
-            high = *reinterpret_cast<const V*>(source + kHead / 2);
-            if (cos) {
-                const int64_t at = static_cast<int64_t>(position + first + row) * (kHead / 2) + column;
+    for (int row = threadIdx.x / 4; row < kBlock; row += kThreads / 4) {
+        const bool there = first + row < count;
+        const T* source = rows + (there ? first + row : 0) * stride + column;
+        copy_async(&tile[row][column], source, there);
+        copy_async(&tile[row][column + kHead / 2], source + kHead / 2, there);
+    }
+}
+
+// Rotates what the thread has requested, once it is there. `position` is that of the tile's first row.
+template <class T>
+__device__ inline void rotate_rows(T (*tile)[kPitch], const float* cos, const float* sin, int64_t position, int count) {
+    const int column = threadIdx.x % 4 * 8;
 #pragma unroll
-                for (int i = 0; i < 8; i += 4) {
-                    const float4 c = *reinterpret_cast<const float4*>(cos + at + i),
-                                 s = *reinterpret_cast<const float4*>(sin + at + i);
-                    const float cosines[4] = {c.x, c.y, c.z, c.w}, sines[4] = {s.x, s.y, s.z, s.w};
+    for (int row = threadIdx.x / 4; row < kBlock; row += kThreads / 4) {
+        if (row >= count) continue;
+        const int64_t at = (position + row) * (kHead / 2) + column;
+        Vector<T> low = *reinterpret_cast<Vector<T>*>(&tile[row][column]),
+                  high = *reinterpret_cast<Vector<T>*>(&tile[row][column + kHead / 2]);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const float a = to_float(low.values[i + j]), b = to_float(high.values[i + j]);
-                        low.values[i + j] = from_float<T>(a * cosines[j] - b * sines[j]);
-                        high.values[i + j] = from_float<T>(b * cosines[j] + a * sines[j]);
-                    }
-                }
+        for (int i = 0; i < 8; i += 4) {
+            const float4 c = *reinterpret_cast<const float4*>(cos + at + i), s = *reinterpret_cast<const float4*>(sin + at + i);
+            const float cosines[4] = {c.x, c.y, c.z, c.w}, sines[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float a = to_float(low.values[i + j]), b = to_float(high.values[i + j]);
+                low.values[i + j] = from_float<T>(a * cosines[j] - b * sines[j]);
+                high.values[i + j] = from_float<T>(b * cosines[j] + a * sines[j]);
             }
         }
-        *reinterpret_cast<V*>(&tile[row][column]) = low;
-        *reinterpret_cast<V*>(&tile[row][column + kHead / 2]) = high;
+        *reinterpret_cast<Vector<T>*>(&tile[row][column]) = low;
+        *reinterpret_cast<Vector<T>*>(&tile[row][column + kHead / 2]) = high;
     }
 }
 
@@ -74,17 +86,23 @@ __global__ void __launch_bounds__(kThreads, 4) attention_kernel(SegmentAttention
     const T *q = static_cast<const T*>(p.q) + q_begin + head * kHead, *k = static_cast<const T*>(p.k) + kv_begin + head * kHead,
             *v = static_cast<const T*>(p.v) + kv_begin + head * kHead;
     const int64_t q_step = p.q_stride * segment.stride, kv_step = p.kv_stride * segment.stride;
-    load_rows(queries, q, q_step, first_query, segment.query_count, p.cos, p.sin, segment.key_count - segment.query_count);
-
     uint32_t query[kHead / 16][4];
     float out[kHead / 8][4] = {}, top[2] = {kMasked, kMasked}, sum[2] = {};
     for (int first = 0; first < segment.key_count; first += kBlock) {
         if (first > 0) __syncthreads();  // the keys before are read
-        load_rows(keys, k, kv_step, first, segment.key_count, p.cos, p.sin, 0);
-        load_rows(values, v, kv_step, first, segment.key_count, nullptr, nullptr, 0);
+        if (first == 0) request_rows(queries, q, q_step, first_query, segment.query_count);
+        request_rows(keys, k, kv_step, first, segment.key_count);
+        request_rows(values, v, kv_step, first, segment.key_count);
         if (threadIdx.x < kBlock) {
             const int key = first + threadIdx.x;
             bias[threadIdx.x] = key < segment.key_count && (!valid || valid[key]) ? 0.0f : kMasked;
+        }
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        if (p.cos) {
+            if (first == 0)
+                rotate_rows(queries, p.cos, p.sin, segment.key_count - segment.query_count + first_query,
+                            segment.query_count - first_query);
+            rotate_rows(keys, p.cos, p.sin, first, segment.key_count - first);
         }
         __syncthreads();
         if (first == 0) {

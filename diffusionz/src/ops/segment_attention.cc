@@ -9,6 +9,11 @@
 #include "ops/simd_tile.h"
 #include "ops/vector_math.h"
 
+#ifdef DIFFUSIONZ_WITH_CUDA
+#include "kernels/segment_attention.h"
+#include "ops/cuda.h"
+#endif
+
 namespace diffusionz {
 namespace {
 
@@ -36,6 +41,40 @@ at::Tensor segment_attention_reference(const at::Tensor& q, const at::Tensor& k,
     }
     return y;
 }
+
+#ifdef DIFFUSIONZ_WITH_CUDA
+
+constexpr size_t kSegmentsMax = 65535;
+
+// By the kernel of row_attention, with a table of the segments.
+at::Tensor segment_attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t heads,
+                                  const std::vector<Segment>& segments, at::ScalarType dtype) {
+    constexpr int64_t kFields = sizeof(kernels::AttentionSegment) / sizeof(int32_t);
+    const auto count = static_cast<int64_t>(segments.size());
+    const at::Tensor table = at::empty({count, kFields}, at::TensorOptions().dtype(at::kInt).pinned_memory(true));
+    auto* entries = reinterpret_cast<kernels::AttentionSegment*>(table.mutable_data_ptr<int32_t>());
+    int64_t query_count = 0;
+    for (const Segment& segment : segments) {
+        *entries++ = {static_cast<int32_t>(segment.query_begin), static_cast<int32_t>(segment.query_count),
+                      static_cast<int32_t>(segment.key_begin), static_cast<int32_t>(segment.key_count), 1};
+        query_count = std::max(query_count, segment.query_count);
+    }
+    const at::Tensor on_device = table.to(q.device(), /*non_blocking=*/true);
+    const at::Tensor own_q = q.to(dtype), own_k = k.to(dtype), own_v = v.to(dtype);
+    at::Tensor y = at::empty(q.sizes(), own_q.options());
+    kernels::SegmentAttentionArguments p{};
+    p.type = kernel_type(dtype);
+    p.q = own_q.const_data_ptr(), p.k = own_k.const_data_ptr(), p.v = own_v.const_data_ptr(), p.y = y.mutable_data_ptr();
+    p.q_stride = own_q.stride(0), p.kv_stride = own_k.stride(0), p.y_stride = y.stride(0);
+    p.heads = static_cast<int32_t>(heads);
+    p.segments = reinterpret_cast<const kernels::AttentionSegment*>(on_device.const_data_ptr<int32_t>());
+    p.segment_count = static_cast<int32_t>(count);
+    p.query_count = static_cast<int32_t>(query_count);
+    check_launch("segment_attention", kernels::segment_attention(p, current_stream(q)));
+    return y.to(at::kFloat);
+}
+
+#endif
 
 // scores[0 .. count) become exp(score - max), and their sum is returned.
 DIFFUSIONZ_VECTORIZED float exponentials(float* scores, int64_t count) {
@@ -105,7 +144,12 @@ private:
 
 at::Tensor segment_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t heads,
                              const std::vector<Segment>& segments, at::ScalarType dtype) {
-    static const bool disabled = kernel_disabled("segment_attention");
+    const bool disabled = kernel_disabled("segment_attention");
+#ifdef DIFFUSIONZ_WITH_CUDA
+    if (q.is_cuda() && (dtype == at::kHalf || dtype == at::kBFloat16) && q.size(1) == heads * 64 &&
+        segments.size() <= kSegmentsMax && !disabled)
+        return segment_attention_cuda(q, k, v, heads, segments, dtype);
+#endif
     if (!q.is_cpu() || dtype != at::kFloat || disabled) return segment_attention_reference(q, k, v, heads, segments, dtype);
 
     at::Tensor y = at::empty(q.sizes(), q.options());
