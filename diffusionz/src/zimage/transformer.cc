@@ -143,17 +143,13 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
 
 Transformer::Block Transformer::load_block(const Weights& weights, Products products) const {
     const int64_t dim = config_.dim, ffn = config_.ffn_dim(), d = config_.head_dim(), kv = config_.num_kv_heads * d;
-    // The mapped pages are let go as soon as their copy is there: the last layer's would stand on top of the whole model.
-    const auto fused = [&](std::initializer_list<at::Tensor> parts) {
-        const at::Tensor whole = at::cat(parts);
-        weights.checkpoint().release_pages();
-        return Linear(whole, {}, products);
+    const auto fused = [&](const std::vector<std::string>& names, const std::vector<std::vector<int64_t>>& shapes) {
+        return Linear(weights.get_fused(names, shapes), {}, products);
     };
     Block block;
-    block.qkv = fused({weights.get("attention.to_q.weight", {dim, dim}), weights.get("attention.to_k.weight", {kv, dim}),
-                       weights.get("attention.to_v.weight", {kv, dim})});
+    block.qkv = fused({"attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight"}, {{dim, dim}, {kv, dim}, {kv, dim}});
     block.out = Linear(weights.get("attention.to_out.0.weight", {dim, dim}), {}, products);
-    block.w13 = fused({weights.get("feed_forward.w1.weight", {ffn, dim}), weights.get("feed_forward.w3.weight", {ffn, dim})});
+    block.w13 = fused({"feed_forward.w1.weight", "feed_forward.w3.weight"}, {{ffn, dim}, {ffn, dim}});
     block.w2 = Linear(weights.get("feed_forward.w2.weight", {dim, ffn}), {}, products);
     block.attention_norm1 = weights.get("attention_norm1.weight", {dim});
     block.attention_norm2 = weights.get("attention_norm2.weight", {dim});
