@@ -1,0 +1,69 @@
+// torch.ops.diffusionz: the operations that a pass of Chronos-2 consists of.
+#include <torch/library.h>
+
+#include "ops/few_rows_linear.h"
+#include "ops/residual_norm.h"
+#include "ops/row_attention.h"
+#include "ops/segment_attention.h"
+#include "ops/series_quantiles.h"
+#include "ops/series_tokens.h"
+
+namespace diffusionz {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+using Parts = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+at::Tensor tensor_of(const Optional& x) { return x.value_or(at::Tensor()); }
+
+Parts parts_of(const Stream& stream) { return {stream.values, stream.squares, stream.rows}; }
+
+TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
+    m.def("row_attention",
+          [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t heads, const at::Tensor& valid,
+             const at::Tensor& cos, const at::Tensor& sin) { return row_attention(q, k, v, heads, valid, cos, sin); });
+    // `segments` int64 [n, 4] on the host; products in the dtype of `like`.
+    m.def("segment_attention", [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t heads,
+                                  const at::Tensor& segments, const at::Tensor& like) {
+        std::vector<Segment> list;
+        for (int64_t i = 0; i < segments.size(0); ++i) {
+            const int64_t* row = segments.const_data_ptr<int64_t>() + 4 * i;
+            list.push_back({row[0], row[1], row[2], row[3]});
+        }
+        return segment_attention(q, k, v, heads, list, like.scalar_type());
+    });
+    m.def("residual_norm",
+          [](const at::Tensor& x, double eps, const at::Tensor& like) { return residual_norm(x, eps, like.scalar_type()); });
+    m.def("series_tokens", [](const at::Tensor& context, const at::Tensor& future, int64_t patch, bool register_token,
+                              bool arcsinh, double time_encoding_scale, const at::Tensor& like) {
+        const SeriesTokens tokens =
+            series_tokens({patch, register_token, arcsinh, time_encoding_scale}, context, future, like.scalar_type());
+        return std::make_tuple(tokens.features, tokens.valid, tokens.loc, tokens.scale);
+    });
+    m.def("series_weight",
+          [](const at::Tensor& weight, const at::Tensor& bias, const Optional& register_embedding, const at::Tensor& like) {
+              return series_weight(weight, bias, tensor_of(register_embedding), like.scalar_type());
+          });
+    m.def("series_quantiles", [](const at::Tensor& z, const at::Tensor& loc, const at::Tensor& scale, bool arcsinh) {
+        return series_quantiles(z, loc, scale, arcsinh);
+    });
+    m.def("few_rows_linear_fits", [](const at::Tensor& weight) { return few_rows_linear_fits(weight); });
+    m.def("few_rows_linear",
+          [](const at::Tensor& x, const at::Tensor& weight, bool relu) { return few_rows_linear(x, weight, relu); });
+    // A stream is four tensors here: values, squares, rows, and the squares before the last sum or none.
+    m.def("few_rows_linear_of_stream", [](const at::Tensor& values, const at::Tensor& squares, const at::Tensor& rows,
+                                          const Optional& row_squares, double eps, const at::Tensor& weight, bool relu) {
+        return few_rows_linear({values, squares, rows, tensor_of(row_squares)}, eps, weight, relu);
+    });
+    m.def("few_rows_add",
+          [](const Optional& values, const Optional& squares, double eps, const at::Tensor& x, const at::Tensor& weight) {
+              return parts_of(few_rows_add({tensor_of(values), tensor_of(squares), {}, {}}, eps, x, weight));
+          });
+    m.def("few_rows_add_own", [](const at::Tensor& values, const at::Tensor& squares, const at::Tensor& rows,
+                                 const Optional& row_squares, double eps, const at::Tensor& weight) {
+        return parts_of(few_rows_add_own({values, squares, rows, tensor_of(row_squares)}, eps, weight));
+    });
+}
+
+}  // namespace
+}  // namespace diffusionz

@@ -1,0 +1,348 @@
+"""Goal: the kernels of a Chronos-2 pass compute what their formulas say, whatever the lengths, gaps and company.
+
+Method: the formula in float64 is the truth; the error may be twice that of PyTorch's own operations in the same
+precision. Memory is poisoned before, results must repeat bit for bit, and a row's result must not depend on other rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.kernels.conftest import assert_as_exact, assert_repeats, poison
+
+HALVES = [torch.float16, torch.bfloat16]
+EPS = 1e-6
+Tensor = torch.Tensor
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def like(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+# --- Attention ------------------------------------------------------------------------------------------------------
+
+
+def rotary(positions: int, head_dim: int = 64) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, head_dim, 2, device="cuda") / head_dim
+    angles = torch.outer(torch.arange(positions, device="cuda").float(), 10000.0**-exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, valid: Tensor, cos: Tensor, sin: Tensor, wide: Any
+) -> Tensor:
+    """By PyTorch's operations, the rotation in the dtype `wide`."""
+    queries, keys = q.shape[1], k.shape[1]
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    cos, sin = cos.to(wide), sin.to(wide)
+    q = rotated(q.to(wide), cos[keys - queries : keys], sin[keys - queries : keys]).to(q.dtype)
+    k = rotated(k.to(wide), cos[:keys], sin[:keys]).to(k.dtype)
+    mask = valid.bool()[:, None, None].expand(-1, heads, queries, -1)
+    y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return y.transpose(1, 2).flatten(2)
+
+
+def drawn_rows(rows: int, keys: int, queries: int, heads: int, dtype: torch.dtype, seed: int = 0):
+    qkv = (0.6 * draw(rows, keys, 3 * heads * 64, seed=seed)).to(dtype)
+    q, k, v = qkv.chunk(3, 2)
+    valid = (torch.rand(rows, keys, device="cuda") > 0.2).to(torch.uint8)
+    valid[:, -1] = 1
+    return q[:, keys - queries :], k, v, valid
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("rows", "keys", "queries", "heads"),
+    [
+        (448, 50, 50, 12), (1, 50, 50, 12), (5, 50, 1, 12), (3, 133, 133, 3), (2, 577, 64, 12), (2, 64, 64, 1),
+        (4, 65, 3, 2), (1, 1, 1, 1),
+    ],
+)  # fmt: skip
+def test_row_attention(ops, rows, keys, queries, heads, dtype):
+    q, k, v, valid = drawn_rows(rows, keys, queries, heads, dtype)
+    cos, sin = rotary(keys)
+    poison(q.nbytes)
+    result = ops.row_attention(q, k, v, heads, valid, cos, sin)
+    truth = attention(q.double(), k.double(), v.double(), heads, valid, cos, sin, torch.float64)
+    assert_as_exact(result, attention(q, k, v, heads, valid, cos, sin, torch.float32), truth)
+    last = ops.row_attention(q[-1:], k[-1:], v[-1:], heads, valid[-1:], cos, sin)
+    assert torch.equal(last[0], result[-1])
+
+
+def test_row_attention_does_not_read_what_is_masked(ops):
+    q, k, v, valid = drawn_rows(3, 70, 70, 2, torch.float16)
+    cos, sin = rotary(70)
+    first = ops.row_attention(q, k, v, 2, valid, cos, sin)
+    for x in (k, v):
+        x[valid == 0] = 60000.0
+    again = ops.row_attention(q, k, v, 2, valid, cos, sin)
+    assert torch.equal(first[valid == 1], again[valid == 1])
+
+
+def test_row_attention_repeats(ops):
+    q, k, v, valid = drawn_rows(7, 133, 133, 12, torch.float16)
+    cos, sin = rotary(133)
+    assert_repeats(lambda: ops.row_attention(q, k, v, 12, valid, cos, sin))
+
+
+def test_row_attention_beyond_two_to_the_31(ops):
+    rows = 2**31 // (50 * 2304) + 100
+    q, k, v, valid = drawn_rows(rows, 50, 50, 12, torch.float16)
+    cos, sin = rotary(50)
+    result = ops.row_attention(q, k, v, 12, valid, cos, sin)
+    alone = ops.row_attention(q[-3:], k[-3:], v[-3:], 12, valid[-3:], cos, sin)
+    assert torch.equal(result[-3:], alone)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_segment_attention(ops, dtype):
+    heads, segments = 3, [(0, 5, 0, 5), (5, 1, 5, 1), (6, 130, 6, 130), (136, 2, 140, 64), (138, 66, 204, 100)]
+    q, kv = draw(204, heads * 64), draw(304, 2 * heads * 64)
+    k, v = (0.6 * kv).chunk(2, 1)
+    result = ops.segment_attention(q, k, v, heads, torch.tensor(segments), like(dtype))
+    truth, reference = torch.empty(204, heads * 64, device="cuda").double(), torch.empty_like(q)
+    for first_query, queries, first_key, keys in segments:
+        parts = q[first_query:][:queries], k[first_key:][:keys], v[first_key:][:keys]
+        for out, kind in ((truth, torch.float64), (reference, dtype)):
+            one, two, three = (x.to(dtype).to(kind).unflatten(1, (heads, 64)).transpose(0, 1)[None] for x in parts)
+            y = functional.scaled_dot_product_attention(one, two, three, scale=1.0)
+            out[first_query : first_query + queries] = y[0].transpose(0, 1).flatten(1).to(out.dtype)
+    assert_as_exact(result.to(dtype), reference.to(dtype), truth)
+
+
+# --- Norm -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(22400, 768), (50, 768), (1, 4), (3, 16), (7, 1024), (5, 1028), (2, 6144), (33, 500)]
+)
+def test_residual_norm(ops, shape, dtype):
+    x = 30 * draw(*shape)
+    poison(x.nbytes)
+    reference = functional.rms_norm(x, shape[1:], eps=EPS).to(dtype)
+    assert_as_exact(
+        ops.residual_norm(x, EPS, like(dtype)), reference, functional.rms_norm(x.double(), shape[1:], eps=EPS)
+    )
+
+
+def test_residual_norm_of_rows_that_lie_apart_and_beyond_two_to_the_31(ops):
+    x = draw(64, 3 * 768)[:, 768:1536]
+    assert torch.equal(
+        ops.residual_norm(x, EPS, like(torch.float16)), ops.residual_norm(x.contiguous(), EPS, like(torch.float16))
+    )
+    assert_repeats(lambda: ops.residual_norm(x, EPS, like(torch.float16)))
+    large = torch.empty(2**31 // 768 + 5, 768, device="cuda").fill_(3.0)
+    large[-3:] = draw(3, 768)
+    result = ops.residual_norm(large, EPS, like(torch.float16))
+    assert torch.equal(result[-3:], ops.residual_norm(large[-3:].clone(), EPS, like(torch.float16)))
+
+
+# --- Products of few rows -------------------------------------------------------------------------------------------
+
+SIZES = [(768, 2304), (768, 768), (768, 3072), (3072, 768), (160, 3072), (160, 768), (64, 16), (128, 2048)]
+
+
+def squares(x: Tensor) -> Tensor:
+    return x.unflatten(1, (-1, 16)).square().sum(-1)
+
+
+def fitting(ops, weight: Tensor) -> Tensor:
+    if not ops.few_rows_linear_fits(weight):
+        pytest.skip("this device has no clusters of blocks")
+    return weight
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [50, 1, 64, 65, 200])
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_few_rows_linear(ops, rows, inputs, outputs, dtype):
+    weight = fitting(ops, draw(outputs, inputs, dtype=dtype) / math.sqrt(inputs))
+    x = draw(rows, inputs, dtype=dtype, seed=1)
+    exact = x.double() @ weight.double().T
+    for relu in (False, True):
+        poison(rows * outputs * 2)
+        reference, truth = x @ weight.T, exact
+        if relu:
+            reference, truth = reference.relu(), exact.relu()
+        result = ops.few_rows_linear(x, weight, relu)
+        assert_as_exact(result, reference, truth)
+        assert torch.equal(result[-1:], ops.few_rows_linear(x[-1:], weight, relu))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [50, 1, 130])
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 768), (3072, 768), (160, 768), (64, 64)])
+def test_few_rows_add(ops, rows, inputs, outputs, dtype):
+    weight = fitting(ops, draw(outputs, inputs, dtype=dtype) / math.sqrt(inputs))
+    x, stream = draw(rows, inputs, dtype=dtype, seed=1), 20 * draw(rows, outputs, seed=2)
+    product = x.double() @ weight.double().T
+    poison(rows * outputs * 4)
+    values, sums, out = ops.few_rows_add(stream, squares(stream), EPS, x, weight)
+    assert_as_exact(values, torch.addmm(stream, x, weight.T, out_dtype=torch.float32), stream.double() + product)
+    torch.testing.assert_close(sums, squares(values))
+    factor = (stream.double().square().mean(1, keepdim=True) + EPS).rsqrt()
+    assert_as_exact(out, (values * factor.float()).to(dtype), values.double() * factor)
+    # Without a stream there is nothing to add to, nor to norm by.
+    alone, sums, out = ops.few_rows_add(None, None, EPS, x, weight)
+    assert_as_exact(alone, torch.mm(x, weight.T, out_dtype=torch.float32), product)
+    assert torch.equal(out, alone.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_few_rows_of_a_normalised_stream(ops, dtype):
+    """The stream comes in 16 bits, scaled by what it was before: that must not be seen."""
+    weight = fitting(ops, draw(2304, 768, dtype=dtype) / math.sqrt(768))
+    square = draw(768, 768, dtype=dtype, seed=1) / math.sqrt(768)
+    for size in (1e-3, 1.0, 1e6):
+        before = size * draw(50, 768, seed=2)
+        stream = before + size * draw(50, 768, seed=3)
+        rows = (stream * (before.square().mean(1, keepdim=True) + EPS).rsqrt()).to(dtype)
+        parts = (stream, squares(stream), rows, squares(before), EPS)
+        normed = functional.rms_norm(stream.double(), (768,), eps=EPS)
+        reference = functional.rms_norm(stream, (768,), eps=EPS).to(dtype)
+        assert_as_exact(
+            ops.few_rows_linear_of_stream(*parts, weight, False), reference @ weight.T, normed @ weight.double().T
+        )
+        assert_as_exact(
+            ops.few_rows_add_own(*parts, square)[0].to(dtype),
+            (stream + (reference @ square.T).float()).to(dtype),
+            stream.double() + normed @ square.double().T,
+        )
+        assert_repeats(lambda given=parts: ops.few_rows_add_own(*given, square), times=70)
+
+
+def test_few_rows_repeat(ops):
+    for inputs, outputs in SIZES:
+        weight = fitting(ops, draw(outputs, inputs, dtype=torch.float16))
+        x = draw(50, inputs, dtype=torch.float16)
+        assert_repeats(lambda given=(x, weight): ops.few_rows_linear(*given, False))
+
+
+# --- From values to features, and from outputs to quantiles ---------------------------------------------------------
+
+
+def series(rows: int, steps: int) -> Tensor:
+    """Rows of all kinds: at large levels, with gaps, constant, of nothing, of one value."""
+    x = draw(rows, steps).cumsum(1) * 10.0 ** torch.randint(-3, 4, (rows, 1), device="cuda")
+    x += 1e5 * draw(rows, 1, seed=1).round()
+    x[0::7, : steps // 2] = torch.nan
+    x[1::7][torch.rand_like(x[1::7]) < 0.3] = torch.nan
+    x[2::7] = 5.0
+    x[3::7] = torch.nan
+    x[4::7, :-1] = torch.nan
+    return x
+
+
+def standardised(context: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(arcsinh of the standardised values, loc, scale) in float64; loc and scale rounded to float32, as they are kept."""
+    count = context.isnan().logical_not().sum(1, keepdim=True)
+    wide = context.double()
+    loc = torch.where(count > 0, wide.nansum(1, keepdim=True) / count, 0.0).float()
+    scale = torch.where(count > 0, ((wide - loc).square().nansum(1, keepdim=True) / count).sqrt(), 1.0).float()
+    scale[scale == 0] = 1e-5
+    return ((values.double() - loc) / scale).asinh(), loc[:, 0], scale[:, 0]
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "steps", "horizon", "patch", "register"),
+    [(448, 768, 16, 16, True), (20, 8192, 64, 16, True), (30, 64, 24, 8, False), (9, 6, 3, 3, True)],
+)  # fmt: skip
+def test_series_tokens(ops, rows, steps, horizon, patch, register, dtype):
+    context, future = series(rows, steps), draw(rows, horizon)
+    future[::2, horizon // 2 :] = torch.nan
+    poison(rows * (steps + horizon) * 16)
+    features, valid, loc, scale = ops.series_tokens(context, future, patch, register, True, 512.0, like(dtype))
+    z, true_loc, true_scale = standardised(context, torch.cat([context, future], 1))
+    # The order of a float64 sum is free; its rounding to float32 then may be one place off.
+    torch.testing.assert_close(loc, true_loc, rtol=2**-23, atol=0)
+    torch.testing.assert_close(scale, true_scale, rtol=2**-23, atol=0)
+
+    tokens = (steps + horizon) // patch + register
+    features = features.view(rows, tokens, -1).double()
+    third, ones = 3 * patch, 1 if dtype == torch.float32 else 2
+    value = features[..., :third]
+    if dtype != torch.float32:
+        assert torch.equal(value, features[..., 2 * third : 3 * third])  # the high part, for both parts of the weight
+        value = value + features[..., third : 2 * third]
+    rest = features[..., third * (1 if ones == 1 else 3) :]
+    is_register = torch.zeros(tokens, dtype=torch.bool, device="cuda")
+    if register:
+        is_register[steps // patch] = True
+    assert (value[:, is_register] == 0).all()
+    for mark, columns in ((~is_register, rest[..., :ones]), (is_register, rest[..., ones : 2 * ones])):
+        assert torch.equal(columns, mark.double()[None, :, None].expand_as(columns))
+    assert (rest[..., 2 * ones :] == 0).all()
+
+    value = value[:, ~is_register]
+    time, numbers, observed = (value[..., i * patch : (i + 1) * patch].flatten(1) for i in range(3))
+    known = z.isnan().logical_not()
+    assert torch.equal(observed, known.double())
+    steps_from_now = torch.arange(-steps, horizon, device="cuda").double() / 512
+    exact = {torch.float32: 2**-22, torch.float16: 2**-20, torch.bfloat16: 2**-15}[dtype]
+    torch.testing.assert_close(time, steps_from_now.expand_as(time), rtol=exact, atol=2**-24)
+    torch.testing.assert_close(numbers[known], z[known], rtol=exact, atol=2**-22)
+    assert (numbers[~known] == 0).all()
+    context_valid = context.view(rows, -1, patch).isnan().logical_not().any(2)
+    assert torch.equal(valid[:, : steps // patch].bool(), context_valid)
+    assert (valid[:, steps // patch :] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_the_weight_of_series_tokens(ops, dtype):
+    """One product gives what a layer on float32 features gives, its bias, and the register's embedding."""
+    weight, bias, register = draw(96, 48, seed=1) / 7, draw(96, seed=2), draw(96, seed=3)
+    context, future = series(30, 160), draw(30, 32)
+    features, *_ = ops.series_tokens(context, future, 16, True, True, 512.0, like(dtype))
+    plain, *_ = ops.series_tokens(context, future, 16, True, True, 512.0, like(torch.float32))
+    truth = plain[:, :48].double() @ weight.double().T + bias
+    truth.view(30, -1, 96)[:, 10] = register.double()
+    own = ops.series_weight(weight, bias, register, like(dtype))
+    result = features.double() @ own.double().T
+    exact = {torch.float32: 2**-23, torch.float16: 2**-19, torch.bfloat16: 2**-14}[dtype]
+    assert (result - truth).abs().max() <= exact * truth.abs().max()
+
+
+def test_series_tokens_repeat(ops):
+    context, future = series(50, 768), draw(50, 16)
+    assert_repeats(lambda: ops.series_tokens(context, future, 16, True, True, 8192.0, like(torch.float16)))
+
+
+def test_series_tokens_beyond_two_to_the_31(ops):
+    rows = 2**31 // (50 * 160) + 50
+    context, future = torch.randn(rows, 768, device="cuda"), torch.full((rows, 16), torch.nan, device="cuda")
+    features, valid, loc, scale = ops.series_tokens(context, future, 16, True, True, 8192.0, like(torch.float16))
+    few = ops.series_tokens(context[-3:].clone(), future[-3:].clone(), 16, True, True, 8192.0, like(torch.float16))
+    for all_rows, some in zip((features.view(rows, -1), valid, loc, scale), few, strict=True):
+        assert torch.equal(all_rows[-3:], some.view(3, *all_rows.shape[1:]))
+
+
+@pytest.mark.parametrize("arcsinh", [True, False])
+@pytest.mark.parametrize("shape", [(448, 1, 21, 16), (3, 64, 21, 16), (2, 5, 6, 8), (1, 1, 1, 1)])
+def test_series_quantiles(ops, shape, arcsinh):
+    z, loc, scale = 3 * draw(*shape), 100 * draw(shape[0]), draw(shape[0], seed=1).abs()
+    poison(z.nbytes)
+
+    def quantiles(z, loc, scale):
+        z = z.sinh() if arcsinh else z
+        return z.transpose(1, 2).flatten(2) * scale[:, None, None] + loc[:, None, None]
+
+    truth = quantiles(z.double(), loc.double(), scale.double())
+    assert_as_exact(ops.series_quantiles(z, loc, scale, arcsinh), quantiles(z, loc, scale), truth)
+    assert_repeats(lambda: ops.series_quantiles(z, loc, scale, arcsinh), times=20)
