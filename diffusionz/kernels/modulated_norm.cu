@@ -12,7 +12,7 @@
 // the row's scale: the largest number comes out of the same registers.
 //
 // Numbers: float32 throughout, rounded once at the end (n follows from the unrounded s); sums in the fixed order of the block.
-// Limits: rows up to 512 threads' registers, 8192 numbers (16384 of 16 bits where vectors of 16 bytes tile them).
+// Limits: rows up to a block's registers, 8192 numbers (16384 of 16 bits where vectors of 16 bytes tile them).
 // Reference: ops/modulated_norm.cc.
 
 #include "kernels/modulated_norm.h"
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>)
 template <class T, int N, int V>
 __global__ void __launch_bounds__(kRowThreadsMax<V>)
     modulated_layer_norm_kernel(Rows xs, Factors scales, T* y, int width, float eps) {
-    __shared__ float scratch[2][32];
+    __shared__ float scratch[3][32];
     between_kernels();
     const int count = width / N;
     const Row<T, N, V> x(row_of<T>(xs), count);
@@ -168,24 +168,28 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>)
     }
     const float mean = block_sum(sum, scratch[0]) / static_cast<float>(width);
 
-    // Distances from the mean before their squares: E[x^2] - E[x]^2 loses its digits where the mean is large.
-    float numbers[V][N], square_sum = 0.0f;
+    // Distances from the mean before their squares: E[x^2] - E[x]^2 loses its digits where the mean is large. There the mean's
+    // own rounding shows, too; the mean of the distances is that error.
+    float numbers[V][N], square_sum = 0.0f, error = 0.0f;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
         if (threadIdx.x + v * blockDim.x >= count) break;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             numbers[v][i] = to_float(x.vectors[v].values[i]) - mean;
+            error += numbers[v][i];
             square_sum += numbers[v][i] * numbers[v][i];
         }
     }
-    const float inverse = rsqrtf(block_sum(square_sum, scratch[1]) / static_cast<float>(width) + eps);
+    block_sums(error, square_sum, scratch[1]);
+    error /= static_cast<float>(width);
+    const float inverse = rsqrtf(fmaxf(square_sum / static_cast<float>(width) - error * error, 0.0f) + eps);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
         const int index = threadIdx.x + v * blockDim.x;
         if (index >= count) break;
 #pragma unroll
-        for (int i = 0; i < N; ++i) numbers[v][i] *= inverse;
+        for (int i = 0; i < N; ++i) numbers[v][i] = (numbers[v][i] - error) * inverse;
         multiply(numbers[v], scale, index);
         store(y, row_index() * count + index, numbers[v]);
     }

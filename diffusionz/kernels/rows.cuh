@@ -19,13 +19,12 @@ __device__ inline void between_kernels() {
 
 // The most threads that a kernel of so many vectors a thread is launched with.
 template <int kVectors>
-constexpr int kRowThreadsMax = kVectors == 1 ? 1024 : 512;
+constexpr int kRowThreadsMax = kVectors <= 2 ? 1024 : 512;
 
 // Calls launch(numbers a vector, vectors a thread, threads): the first two as integral constants. cudaErrorNotSupported for rows
 // that are too wide for the registers of a block.
 template <class T, class Launch>
 cudaError_t launch_rows(bool aligned, int64_t rows, int64_t width, Launch&& launch) {
-    constexpr int kScalarVectors = 16;
     constexpr int64_t kFewRows = 512;  // a processor has less than four of them: more threads a row are faster
     const auto with = [&](auto numbers, auto vectors) {
         constexpr int64_t kNumbers = decltype(numbers)::value, kVectors = decltype(vectors)::value;
@@ -34,13 +33,11 @@ cudaError_t launch_rows(bool aligned, int64_t rows, int64_t width, Launch&& laun
                                                       : cudaErrorNotSupported;
     };
     using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
     using Numbers = std::integral_constant<int, 16 / static_cast<int>(sizeof(T))>;
     if (rows == 0 || width == 0) return cudaSuccess;
-    if (!aligned) return with(One(), std::integral_constant<int, kScalarVectors>());
-    const int64_t vectors = width / Numbers::value;
-    if (rows <= kFewRows && vectors <= kRowThreadsMax<1>) return with(Numbers(), One());
-    if (vectors <= 2 * kRowThreadsMax<2>) return with(Numbers(), std::integral_constant<int, 2>());
-    return with(Numbers(), std::integral_constant<int, 4>());
+    if (!aligned) return with(One(), std::integral_constant<int, 16>());
+    return rows <= kFewRows && width <= Numbers::value * kRowThreadsMax<1> ? with(Numbers(), One()) : with(Numbers(), Two());
 }
 
 // Whether vectors of 16 bytes tile rows of `width` numbers that begin at multiples of `strides` from `pointers`; null is no

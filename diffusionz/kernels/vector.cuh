@@ -136,7 +136,18 @@ __device__ inline float block_max(float x, float* scratch) {
     return warp_max(lane < warps ? scratch[lane] : 0.0f);
 }
 
-// Both at once, with 64 floats: threads wait for each other once.
+// Two sums, or a sum and a maximum, at once, with 64 floats: threads wait for each other once.
+__device__ inline void block_sums(float& first, float& second, float* scratch) {
+    first = warp_sum(first);
+    second = warp_sum(second);
+    if (blockDim.x == 32) return;
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    if (lane == 0) scratch[warp] = first, scratch[32 + warp] = second;
+    __syncthreads();
+    first = warp_sum(lane < warps ? scratch[lane] : 0.0f);
+    second = warp_sum(lane < warps ? scratch[32 + lane] : 0.0f);
+}
+
 __device__ inline void block_sum_max(float& sum, float& largest, float* scratch) {
     sum = warp_sum(sum);
     largest = warp_max(largest);
