@@ -250,7 +250,7 @@ def series(rows: int, steps: int) -> Tensor:
 
 
 def standardised(context: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(arcsinh of the standardised values, loc, scale) in float64; loc and scale rounded to float32, as they are kept."""
+    """(arcsinh of the standardised values, loc, scale) in float64; loc and scale rounded to float32, as kept."""
     count = context.isnan().logical_not().sum(1, keepdim=True)
     wide = context.double()
     loc = torch.where(count > 0, wide.nansum(1, keepdim=True) / count, 0.0).float()
