@@ -35,18 +35,16 @@ PROFILE_COLUMNS = [
 ]  # fmt: skip
 
 
-def ensure_models(scratch: pathlib.Path) -> tuple[str, str]:
-    """(Z-Image's folder, Chronos-2's) of random weights at full size."""
+def ensure_model(scratch: pathlib.Path, family: str) -> str:
+    """The folder of a model of random weights at full size."""
     from diffusionz.bench import random_models
 
-    folders = []
-    for name, write in (("full", random_models.write_zimage), ("chronos2", random_models.write_chronos)):
-        folder = scratch / name
-        if not (folder / "complete").exists():
-            write(str(folder))
-            (folder / "complete").touch()
-        folders.append(str(folder))
-    return folders[0], folders[1]
+    zimage = family == "zimage"
+    folder = scratch / ("full" if zimage else "chronos2")
+    if not (folder / "complete").exists():
+        (random_models.write_zimage if zimage else random_models.write_chronos)(str(folder))
+        (folder / "complete").touch()
+    return str(folder)
 
 
 def save(path: str, kind: str, device: str = "cuda:0", **values) -> None:
@@ -62,19 +60,18 @@ def table(args: argparse.Namespace) -> None:
     from diffusionz.bench import gpu
     from diffusionz.bench.table import as_table
 
-    folders = dict(zip(gpu.FAMILIES, ensure_models(args.scratch), strict=True))
     rows = []
     for family in args.only.split(","):
-        options = gpu.Options(only=[family], model=folders[family], peers=args.peers)
+        options = gpu.Options(only=[family], model=ensure_model(args.scratch, family), peers=args.peers)
         rows += gpu.run(options, lambda text: print(text, flush=True))
-    print(as_table(rows))
-    save(args.out, "table", rows=[dataclasses.asdict(row) for row in rows])
+        print(as_table(rows), flush=True)
+        save(args.out, "table", rows=[dataclasses.asdict(row) for row in rows])
 
 
 # --- The profile ---
 
 KINDS = [  # the first that matches
-    ("attention", r"fmha|flash|sdpa|attention"),
+    ("attention", r"fmha|flash|sdpa|attention|softmax"),
     ("convolution", r"fprop|conv|implicit|upsample|winograd"),
     ("matrix product", r"gemm|nvjet|cutlass|wgmma|xmma|gemv|split_?k|cublas|few_rows_linear"),
     ("between products", r"diffusionz"),
@@ -174,7 +171,7 @@ def profile(args: argparse.Namespace) -> None:
     from diffusionz._errors import DiffusionzError
     from diffusionz.bench.work import PROMPT, prompt
 
-    folder, _ = ensure_models(args.scratch)
+    folder = ensure_model(args.scratch, "zimage")
     rates = library_rates()
     print({name: round(value) for name, value in rates.items()}, flush=True)
     rows = []
@@ -219,7 +216,7 @@ def profile(args: argparse.Namespace) -> None:
                 rows += listing(f"VAE decode and caption refiner {side}x{side}, {precision}", rest, None, {})
                 if side == SIDES[0]:
                     rows += listing(f"text encoder 64 tokens, {precision}", text, None, {})
-    save(args.out, "profile", rows=rows, rates=rates)
+            save(args.out, "profile", rows=rows, rates=rates)
 
 
 def listing(work: str, kernels: dict[str, tuple[float, float]], wall: float | None, floors: dict) -> list[dict]:
@@ -317,7 +314,7 @@ def measure_thin(args: argparse.Namespace) -> None:
 
 
 def ablation(args: argparse.Namespace) -> None:
-    models = {"zimage": thin_model(args.scratch), "chronos2": ensure_chronos(args.scratch)}
+    models = {"zimage": thin_model(args.scratch), "chronos2": ensure_model(args.scratch, "chronos2")}
 
     def measured(disabled: str) -> dict[str, list[float]]:
         command = [sys.executable, "-m", "tests.bench.gpu", "measure-thin", *models.values()]
@@ -344,16 +341,6 @@ def ablation(args: argparse.Namespace) -> None:
         print(f"without {name}: " + "; ".join(line), flush=True)
     print("with all: " + "; ".join(f"{work} {record.percentile(v, 0.5):.3g}" for work, v in everything.items()))
     save(args.out, "ablation", rows=rows)
-
-
-def ensure_chronos(scratch: pathlib.Path) -> str:
-    from diffusionz.bench import random_models
-
-    folder = scratch / "chronos2"
-    if not (folder / "complete").exists():
-        random_models.write_chronos(str(folder))
-        (folder / "complete").touch()
-    return str(folder)
 
 
 # --- Accuracy ---
@@ -416,8 +403,10 @@ def quality(args: argparse.Namespace) -> None:
 
 
 def keep(args: argparse.Namespace) -> None:
+    from diffusionz.bench import gpu
     from diffusionz.bench.table import Row, write_csv
 
+    peers = [json.loads(line) for line in pathlib.Path(args.peers).read_text().splitlines()] if args.peers else []
     for path in args.files:
         found = json.loads(pathlib.Path(path).read_text())
         about = found["about"] | {"commit": args.commit or record.commit()}
@@ -425,6 +414,8 @@ def keep(args: argparse.Namespace) -> None:
         rows: list[Row] = []
         if found["kind"] == "table":
             rows = [Row(**row) for row in found["rows"]]
+            for peer in peers:
+                gpu.offer(rows, peer)
         elif found["kind"] == "ablation":
             for row in found["rows"]:
                 work, precision = row["work"].rsplit(", ", 1)
@@ -508,6 +499,7 @@ def main() -> None:
     one.add_argument("--sheet")
     one = command("keep", keep)
     one.add_argument("files", nargs="+")
+    one.add_argument("--peers", help="lines that diffusionz.bench.peers printed on the same machine, when it ran alone")
     one.add_argument("--commit", help="where the figures were made from another commit than this one")
     options = parser.parse_args()
     options.run(options)
