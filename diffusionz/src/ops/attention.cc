@@ -63,10 +63,11 @@ at::Tensor wide_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
 
 // Undefined where no kernel takes these.
 at::Tensor cuda_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
-    static const bool disabled = kernel_disabled("attention");
     const at::ScalarType dtype = q.scalar_type();
     const int64_t width = q.size(3);
-    if (disabled || !q.is_cuda() || (dtype != at::kHalf && dtype != at::kBFloat16) || width % 8 != 0 || q.size(1) != k.size(1)) return {};
+    if (!q.is_cuda() || (dtype != at::kHalf && dtype != at::kBFloat16) || width % 8 != 0) return {};
+    if (causal && q.size(1) != k.size(1)) return {};  // libraries align such a mask differently
+    if (kernel_disabled("attention")) return {};
     if (width > kFlashHeadDimMax) return causal ? at::Tensor() : wide_attention(q, k, v);
     const auto heads_first = [](const at::Tensor& x) { return x.transpose(1, 2); };
     if (width <= kCudnnHeadDimMax && q.size(1) >= kCudnnTokensMin && has_cudnn_attention(q)) {
