@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/device.h"
 #include "core/error.h"
 
 #ifdef DIFFUSIONZ_WITH_CUDA
@@ -91,15 +92,27 @@ at::Tensor GraphCache::run(const std::string& key, const std::vector<at::Tensor>
     auto entry = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& other) { return other.key == full_key; });
     if (entry == entries_.end()) {
         if (entries_.size() == kGraphsMax) entries_.pop_back();
-        entries_.push_front({full_key, make(), {}, {}, {}});
+        entries_.push_front({full_key, make(), {}, {}, {}, false});
         return entries_.front().work(inputs);
     }
     entries_.splice(entries_.begin(), entries_, entry);
+    if (entry->too_large) return entry->work(inputs);
     if (!entry->graph.captured()) {
-        std::vector<at::Tensor> kept;
-        for (const at::Tensor& input : inputs) kept.push_back(input.clone());
-        entry->graph.capture(device_, [&] { entry->output = entry->work(kept); }, &pool_);
-        entry->inputs = std::move(kept);
+        // LibTorch refuses a pool whose last graph is gone.
+        if (std::none_of(entries_.begin(), entries_.end(), [](const Entry& other) { return other.graph.captured(); }))
+            pool_ = GraphPool();
+        release_kept_memory();  // the pool takes none of it
+        try {
+            std::vector<at::Tensor> kept;
+            for (const at::Tensor& input : inputs) kept.push_back(input.clone());
+            entry->graph.capture(device_, [&] { entry->output = entry->work(kept); }, &pool_);
+            entry->inputs = std::move(kept);
+        } catch (const c10::OutOfMemoryError&) {
+            entry->too_large = true;
+            entry->output.reset();
+            release_kept_memory();
+            return entry->work(inputs);
+        }
     } else {
         for (size_t i = 0; i < inputs.size(); ++i) entry->inputs[i].copy_(inputs[i], /*non_blocking=*/true);
     }

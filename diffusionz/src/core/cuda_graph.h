@@ -91,6 +91,7 @@ private:
         std::vector<at::Tensor> inputs;
         at::Tensor output;
         CudaGraph graph;
+        bool too_large = false;  // there was no memory to record it in
     };
 
     at::Device device_;

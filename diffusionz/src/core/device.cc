@@ -105,6 +105,12 @@ void add_device_memory(at::Device device, DiffusionZMemoryInfo& info) {
 #endif
 }
 
+void release_kept_memory() {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    c10::cuda::CUDACachingAllocator::emptyCache();
+#endif
+}
+
 void limit_device_memory(at::Device device, int64_t max_bytes) {
 #ifdef DIFFUSIONZ_WITH_CUDA
     if (!device.is_cuda()) return;
@@ -121,7 +127,7 @@ void limit_device_memory(at::Device device, int64_t max_bytes) {
 
 std::string after_out_of_memory(const std::string& message) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    c10::cuda::CUDACachingAllocator::emptyCache();
+    release_kept_memory();
     const auto found = [&](const char* pattern) {
         std::smatch match;
         return std::regex_search(message, match, std::regex(pattern)) ? match[1].str() : std::string();

@@ -24,6 +24,9 @@ void describe_device(int32_t device_id, DiffusionZDeviceInfo& info);
 // Adds what this process uses of a CUDA device's memory; nothing for the CPU.
 void add_device_memory(at::Device device, DiffusionZMemoryInfo& info);
 
+// Gives back what LibTorch keeps of every CUDA device's memory for later allocations.
+void release_kept_memory();
+
 // From now on this process gets at most that many bytes of a CUDA device; nothing for the CPU.
 void limit_device_memory(at::Device device, int64_t max_bytes);
 

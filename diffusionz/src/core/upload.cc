@@ -3,6 +3,8 @@
 #include "core/error.h"
 
 #ifdef DIFFUSIONZ_WITH_CUDA
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -27,9 +29,9 @@ struct Upload::Device {
         cudaEvent_t fetched = nullptr;
     };
 
-    Device(c10::Device device, size_t workers) : index(device.index()), buffers(2 * workers) {
+    Device(at::Device device, size_t workers)
+        : index(device.index()), stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, index)), buffers(2 * workers) {
         const c10::cuda::CUDAGuard guard(index);
-        C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         C10_CUDA_CHECK(cudaEventCreateWithFlags(&begun, cudaEventDisableTiming));
         C10_CUDA_CHECK(cudaEventCreateWithFlags(&sent, cudaEventDisableTiming));
         C10_CUDA_CHECK(cudaHostAlloc(reinterpret_cast<void**>(&arena), buffers.size() * kPieceBytes, cudaHostAllocDefault));
@@ -40,25 +42,32 @@ struct Upload::Device {
     }
     ~Device() {
         const c10::cuda::CUDAGuard guard(index);
-        cudaStreamSynchronize(stream);  // the last pieces are still being fetched
+        cudaStreamSynchronize(stream.stream());  // the last pieces are still being fetched
         for (const Buffer& buffer : buffers) cudaEventDestroy(buffer.fetched);
         cudaFreeHost(arena);
         cudaEventDestroy(sent);
         cudaEventDestroy(begun);
-        cudaStreamDestroy(stream);
     }
 
     c10::DeviceIndex index;
-    cudaStream_t stream = nullptr;
+    c10::cuda::CUDAStream stream;
     cudaEvent_t begun = nullptr, sent = nullptr;
     uint8_t* arena = nullptr;
     std::vector<Buffer> buffers;
 };
 
-Upload::Upload(c10::Device device) {
+Upload::Upload(at::Device device) {
     const size_t workers = std::min<size_t>(std::max(1u, std::thread::hardware_concurrency()), kWorkersMax);
     device_ = std::make_unique<Device>(device, workers);
     for (size_t i = 0; i < workers; ++i) workers_.emplace_back([this, i](const std::stop_token& stop) { work(i, stop); });
+}
+
+at::Tensor Upload::allocate(at::IntArrayRef shape, at::ScalarType dtype) const {
+    const auto current = c10::cuda::getCurrentCUDAStream(device_->index);
+    const c10::cuda::CUDAStreamGuard guard(device_->stream);
+    const at::Tensor memory = at::empty(shape, at::TensorOptions().device(at::kCUDA, device_->index).dtype(dtype));
+    c10::cuda::CUDACachingAllocator::recordStream(memory.storage().data_ptr(), current);
+    return memory;
 }
 
 void Upload::copy(const MappedFile& file, size_t offset, size_t size_bytes, void* to) {
@@ -66,7 +75,7 @@ void Upload::copy(const MappedFile& file, size_t offset, size_t size_bytes, void
     const cudaStream_t current = c10::cuda::getCurrentCUDAStream(device_->index).stream();
     // The memory may still be read by what the current stream has yet to do.
     C10_CUDA_CHECK(cudaEventRecord(device_->begun, current));
-    C10_CUDA_CHECK(cudaStreamWaitEvent(device_->stream, device_->begun));
+    C10_CUDA_CHECK(cudaStreamWaitEvent(device_->stream.stream(), device_->begun));
     std::unique_lock lock(mutex_);
     for (size_t at = 0; at < size_bytes; at += kPieceBytes) {
         pieces_.push_back({&file, offset + at, std::min(kPieceBytes, size_bytes - at), static_cast<uint8_t*>(to) + at});
@@ -75,7 +84,7 @@ void Upload::copy(const MappedFile& file, size_t offset, size_t size_bytes, void
     changed_.notify_all();
     changed_.wait(lock, [&] { return unsent_ == 0; });
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-    C10_CUDA_CHECK(cudaEventRecord(device_->sent, device_->stream));
+    C10_CUDA_CHECK(cudaEventRecord(device_->sent, device_->stream.stream()));
     C10_CUDA_CHECK(cudaStreamWaitEvent(current, device_->sent));
 }
 
@@ -94,8 +103,9 @@ void Upload::work(size_t worker, const std::stop_token& stop) {
             const Device::Buffer& buffer = device_->buffers[2 * worker + turn];
             C10_CUDA_CHECK(cudaEventSynchronize(buffer.fetched));
             piece.file->read(piece.offset, piece.size_bytes, buffer.bytes);
-            C10_CUDA_CHECK(cudaMemcpyAsync(piece.to, buffer.bytes, piece.size_bytes, cudaMemcpyHostToDevice, device_->stream));
-            C10_CUDA_CHECK(cudaEventRecord(buffer.fetched, device_->stream));
+            const cudaStream_t stream = device_->stream.stream();
+            C10_CUDA_CHECK(cudaMemcpyAsync(piece.to, buffer.bytes, piece.size_bytes, cudaMemcpyHostToDevice, stream));
+            C10_CUDA_CHECK(cudaEventRecord(buffer.fetched, stream));
         } catch (...) {  // an exception cannot leave a thread: copy() throws it
             error = std::current_exception();
         }
@@ -111,9 +121,10 @@ void Upload::work(size_t worker, const std::stop_token& stop) {
 #else
 
 struct Upload::Device {};
-Upload::Upload(c10::Device device) {
+Upload::Upload(at::Device device) {
     fail(DIFFUSIONZ_E_DEVICE, "an upload to ", device.str(), " was asked for in a build without CUDA");
 }
+at::Tensor Upload::allocate(at::IntArrayRef, at::ScalarType) const { return {}; }
 void Upload::copy(const MappedFile&, size_t, size_t, void*) {}
 
 #endif

@@ -2,7 +2,7 @@
 // next ones are read. The host holds the buffers, and no second copy of the file.
 #pragma once
 
-#include <c10/core/Device.h>
+#include <ATen/core/Tensor.h>
 
 #include <condition_variable>
 #include <cstdint>
@@ -20,13 +20,16 @@ namespace diffusionz {
 class Upload {
 public:
     // Fails with E_DEVICE in a build without CUDA.
-    explicit Upload(c10::Device device);
+    explicit Upload(at::Device device);
     ~Upload();  // waits for what is on its way
     Upload(const Upload&) = delete;
     Upload& operator=(const Upload&) = delete;
 
-    // Copies `size_bytes` of `file` from `offset` to device memory that the current stream has allocated. Returns once the copies
-    // are sent; the current stream waits for them. Fails as the file's read does.
+    // Memory to copy to, and for the current stream to use. It comes from a pool of its own: were it the current stream's, what is
+    // made of a tensor that is then dropped would settle in the holes, and they could never be given back.
+    at::Tensor allocate(at::IntArrayRef shape, at::ScalarType dtype) const;
+    // Copies `size_bytes` of `file` from `offset` to such memory. Returns once the copies are sent; the current stream waits for
+    // them. Fails as the file's read does.
     void copy(const MappedFile& file, size_t offset, size_t size_bytes, void* to);
 
 private:

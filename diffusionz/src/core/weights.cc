@@ -88,8 +88,7 @@ at::Tensor Weights::get_fused(const std::vector<std::string>& names, const std::
     }
     std::vector<int64_t> shape = views[0]->shape;
     for (size_t i = 1; i < views.size(); ++i) shape.at(0) += views[i]->shape.at(0);
-    const at::Tensor whole =
-        at::empty(shape, at::TensorOptions().device(placement_.device).dtype(scalar_type(views[0]->dtype)));
+    const at::Tensor whole = upload_->allocate(shape, scalar_type(views[0]->dtype));
     auto* to = static_cast<uint8_t*>(whole.data_ptr());
     for (const TensorView* stored : views) {
         if (stored->size_bytes == 0) continue;

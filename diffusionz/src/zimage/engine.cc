@@ -56,6 +56,7 @@ Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda
       graphs_(placement.device, cuda_graphs && !kernel_disabled("graphs") && !trace_from_environment()),
       sampler_(model_->transformer(), stream_, graphs_, trace_from_environment()) {
     synchronize(placement.device);  // the weights came on another stream
+    release_kept_memory();          // what they went through on their way
 }
 
 void Engine::check(const DiffusionZRequest& request) const {
