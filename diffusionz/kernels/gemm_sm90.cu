@@ -3,17 +3,19 @@
 // A persistent block on each multiprocessor takes tile after tile of y. One thread loads (tensor memory accelerator, 128-byte
 // swizzle, a ring of stages in shared memory); two or three warpgroups multiply (wgmma, both factors from shared memory, sums in
 // registers) and store (stmatrix, then the accelerator, which clips at y's edges). Two blocks, a cluster, work on tiles side by
-// side; of the factor that they share each loads one half, for both. The warpgroups start a few steps apart and stay so: while one
-// stores its tile the others keep the tensor cores busy.
+// side; of the factor that they share each loads one half, for both.
 //
-// The side of y whose rows feed wgmma's 64-row operand ("A") is x or W: W's rows are multiples of every tile, and the other
-// operand's height can be any multiple of 8, so that few tokens are cut into tiles that fill whole waves of multiprocessors.
-// Tiles are numbered along B first, `group` of them, so that what a wave reads stays in the second-level cache.
+// W's rows feed wgmma's operand of 64 rows and x's the other one, whose height may be any multiple of 8: W's sizes are multiples of
+// every tile, and a number of tokens that is none is cut into tiles that fill whole waves of multiprocessors. Tiles are numbered
+// along the tokens first, so that W streams through once and x stays in the second-level cache.
+//
+// Gated, a tile takes 8 rows of W1 and 8 of W3 in turn (one load: W as [half / 8, 2, 8, depth]), so that one thread holds both sides
+// of the gate.
 //
 // Numbers: products exact, sums in the tensor cores' float32 (FP8: the cores' shorter sums, as cuBLAS's fast accumulation), scales
-// and gate in float32, one rounding to bfloat16. The tile, and with it the order of the sums, follows from the sizes alone; no
-// tile splits the depth, so all tiles give the same bytes.
-// Limits: in gemm_sm90.h. Reference: at::linear, at::_scaled_mm and at::silu in ops/linear.cc and ops/gated_linear.cc.
+// and gate in float32, one rounding to bfloat16. The tile follows from the sizes alone; no tile splits the depth, and all give the
+// same bytes.
+// Limits: in gemm_sm90.h. Reference: at::linear, at::_scaled_mm and silu_gate in ops/linear.cc and ops/gated_linear.cc.
 
 #include "kernels/gemm_sm90.h"
 
@@ -26,48 +28,35 @@ namespace {
 
 constexpr int kRowBytes = 128;  // of a stage's rows: the width of the swizzle
 constexpr int kCluster = 2;
-constexpr int kGroup = 8;
-constexpr int kLead = 1;
+constexpr int kGroup = 24;  // clusters' tiles along the tokens before W goes on
 
-// Which side of y a cluster's two tiles share.
-enum class Share { a, b };
-
-// kTransposed: A is W and B is x. kGroups warpgroups of kBlocks times 64 rows of A each; kN rows of B. Stored in chunks of 64
-// columns and kChunkRows rows of y, of which a warpgroup has kChunks buffers.
-template <class T_, bool kTransposed_, bool kGated_, Share kShare_, int kGroups_, int kBlocks_, int kN_, int kStages_, int kChunkRows_,
-          int kChunks_>
+// A tile of kW rows of W by kTokens rows of x. kSharesW: a cluster's tiles lie side by side along the tokens. y is stored in chunks
+// of kChunkTokens tokens, for which a warpgroup has one buffer.
+template <class T_, bool kGated_, bool kSharesW_, int kW_, int kTokens_, int kStages_, int kChunkTokens_>
 struct Config {
     using T = T_;
-    static constexpr bool kTransposed = kTransposed_, kGated = kGated_, kScaled = sizeof(T) == 1;
-    // A gated tile holds as many rows of W1 as of W3, in W1's part first.
-    static constexpr bool kGatedA = kGated && kTransposed, kGatedB = kGated && !kTransposed;
-    static constexpr bool kSharesA = kShare_ == Share::a;
-    static constexpr int kGroups = kGroups_, kBlocks = kBlocks_, kM = kGroups * kBlocks * 64, kN = kN_, kK = kRowBytes / sizeof(T);
-    static constexpr int kStages = kStages_, kStageBytes = (kM + kN) * kRowBytes;
-    static constexpr int kChunkRows = kChunkRows_, kChunks = kChunks_, kChunkBytes = kChunkRows * 128;
-    static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kGroups * kChunks * kChunkBytes + kStages * 16;
+    static constexpr bool kGated = kGated_, kScaled = sizeof(T) == 1, kSharesW = kSharesW_;
+    static constexpr int kW = kW_, kTokens = kTokens_, kDepth = kRowBytes / sizeof(T), kGroups = kW / 64;
+    static constexpr int kStages = kStages_, kStageBytes = (kW + kTokens) * kRowBytes;
+    // A warpgroup's 64 columns of y in the 128-byte swizzle, or its 32 gated ones in the 64-byte one.
+    static constexpr int kColumns = kGated ? 32 : 64;
+    static constexpr int kChunkTokens = kGated && kTokens % (2 * kChunkTokens_) == 0 ? 2 * kChunkTokens_ : kChunkTokens_;
+    static constexpr int kChunkBytes = kChunkTokens * kColumns * 2;
+    static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kGroups * kChunkBytes + kStages * 16;
     static constexpr int kThreads = (kGroups + 1) * 128;
     // The register file, shared out: 64 K registers over the threads at launch, then most of them to who multiplies.
     static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
-    // y's tile, the part of it that a warpgroup computes along A, and the boxes that one load brings.
-    static constexpr int kRowsA = kGatedA ? kM / 2 : kM, kRowsB = kGatedB ? kN / 2 : kN, kGroupRows = kGatedA ? 64 : kBlocks * 64;
-    static constexpr int kBoxA = kSharesA || kGatedA ? kM / 2 : kM, kBoxB = !kSharesA || kGatedB ? kN / 2 : kN;
-    static constexpr int kTilesA = kSharesA ? 1 : kCluster, kTilesB = kSharesA ? kCluster : 1;  // of a cluster
+    static constexpr int kBoxW = kSharesW ? kW / 2 : kW, kBoxX = kSharesW ? kTokens : kTokens / 2;  // what one load brings
+    static constexpr int kTilesW = kSharesW ? 1 : kCluster, kTilesX = kSharesW ? kCluster : 1;      // of a cluster
 
-    static_assert(kSharedBytes <= 232448);
-    static_assert(kStageBytes % 1024 == 0 && kBoxA % 8 == 0 && kBoxA <= 256 && kBoxB % 8 == 0 && kBoxB <= 256);
-    static_assert(kTransposed ? kN % kChunkRows == 0 && kChunkRows % 8 == 0 : kChunkRows == 64 && kRowsB % 64 == 0);
-    static_assert(!kGatedA || kBlocks == 2);
+    static_assert(kSharedBytes <= 232448 && kStageBytes % 1024 == 0 && kChunkBytes % 1024 == 0);
+    static_assert(kBoxW % 16 == 0 && kBoxX % 8 == 0 && kTokens % kChunkTokens == 0 && kChunkTokens % (kGated ? 16 : 8) == 0);
 };
 
 struct Sizes {
-    int rows_a, rows_b;  // y's sides
-    int depth;
-    int half;   // where W3 begins in a gated weight
-    int group;  // clusters' tiles along B before A goes on
-    int lead;   // steps by which a warpgroup starts before the next
-    const float* scales_a;
-    const float* scales_b;
+    int rows, columns, depth;  // of x, of W (both halves when gated), of both
+    const float* x_scales;
+    const float* weight_scales;
 };
 
 __device__ __forceinline__ uint32_t pack(float a, float b) {
@@ -75,63 +64,56 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
     return *reinterpret_cast<const uint32_t*>(&both);
 }
 
+__device__ __forceinline__ float gate(float a, float b) { return __fdividef(a, 1.0f + __expf(-a)) * b; }
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // What all roles know: where things lie in shared memory, and which tiles are this cluster's.
 template <class C>
 struct Block {
     uint32_t stages, chunks, full, empty, rank;
-    int tiles_a, tiles_b, group, count, first, step, depth_steps;
+    int tiles_w, tiles_x, group, count, first, step, depth_steps;
 
     __device__ __forceinline__ Block(uint32_t shared, const Sizes& sizes) {
         stages = (shared + 1023) & ~1023u;
         chunks = stages + C::kStages * C::kStageBytes;
-        full = chunks + C::kGroups * C::kChunks * C::kChunkBytes;
+        full = chunks + C::kGroups * C::kChunkBytes;
         empty = full + C::kStages * 8;
         rank = cluster_rank();
-        tiles_a = (sizes.rows_a + C::kRowsA * C::kTilesA - 1) / (C::kRowsA * C::kTilesA);
-        tiles_b = (sizes.rows_b + C::kRowsB * C::kTilesB - 1) / (C::kRowsB * C::kTilesB);
-        group = min(sizes.group, tiles_b);
-        count = tiles_a * tiles_b;
+        tiles_w = (sizes.columns + C::kW * C::kTilesW - 1) / (C::kW * C::kTilesW);
+        tiles_x = (sizes.rows + C::kTokens * C::kTilesX - 1) / (C::kTokens * C::kTilesX);
+        group = min(kGroup, tiles_x);
+        count = tiles_w * tiles_x;
         first = blockIdx.x / kCluster;
         step = gridDim.x / kCluster;
-        depth_steps = (sizes.depth + C::kK - 1) / C::kK;
+        depth_steps = (sizes.depth + C::kDepth - 1) / C::kDepth;
     }
-    // y's tile `index` begins here.
-    __device__ __forceinline__ void at(int index, int& row_a, int& row_b) const {
-        const int of_group = group * tiles_a, g = index / of_group, rest = index - g * of_group;
-        const int width = min(group, tiles_b - g * group), a = rest / width, b = g * group + rest - a * width;
-        row_a = (a * C::kTilesA + (C::kSharesA ? 0 : rank)) * C::kRowsA;
-        row_b = (b * C::kTilesB + (C::kSharesA ? rank : 0)) * C::kRowsB;
+    // The first rows of W and x of this block's part of the cluster's tile `index`.
+    __device__ __forceinline__ void at(int index, int& row_w, int& row_x) const {
+        const int of_group = group * tiles_w, g = index / of_group, rest = index - g * of_group;
+        const int width = min(group, tiles_x - g * group), w = rest / width, x = g * group + rest - w * width;
+        row_w = (w * C::kTilesW + (C::kSharesW ? 0 : rank)) * C::kW;
+        row_x = (x * C::kTilesX + (C::kSharesW ? rank : 0)) * C::kTokens;
     }
 };
 
-// One factor's part of a stage: kRows rows in boxes of kBox. Shared, this block loads its half for both; of a gated weight the
-// second half of the rows lies at W3.
-template <int kRows, bool kShared, bool kHalves>
-__device__ __forceinline__ void load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row, int half, uint32_t rank) {
-    constexpr uint32_t kHalf = kRows / 2;
-    if constexpr (kShared) {
-        tma_load_to_both(to + rank * kHalf * kRowBytes, map, barrier, column, row + rank * (kHalves ? half : kHalf));
-    } else {
-        tma_load(to, map, barrier, column, row);
-        if constexpr (kHalves) tma_load(to + kHalf * kRowBytes, map, barrier, column, row + half);
-    }
-}
-
 template <class C>
-__device__ __forceinline__ void produce(const Block<C>& block, const CUtensorMap* map_a, const CUtensorMap* map_b, const Sizes& sizes) {
+__device__ __forceinline__ void produce(const Block<C>& block, const CUtensorMap* map_w, const CUtensorMap* map_x) {
     int stage = 0;
     uint32_t parity = 0;
     for (int tile = block.first; tile < block.count; tile += block.step) {
-        int row_a, row_b;
-        block.at(tile, row_a, row_b);
+        int row_w, row_x;
+        block.at(tile, row_w, row_x);
         for (int step = 0; step < block.depth_steps; ++step) {
-            const uint32_t full = block.full + 8 * stage, to = block.stages + stage * C::kStageBytes;
+            const uint32_t full = block.full + 8 * stage, to_w = block.stages + stage * C::kStageBytes, to_x = to_w + C::kW * kRowBytes;
+            const uint32_t half_w = C::kSharesW ? block.rank * C::kBoxW : 0, half_x = C::kSharesW ? 0 : block.rank * C::kBoxX;
             barrier_wait(block.empty + 8 * stage, parity ^ 1);  // both blocks have read what was here
             barrier_expect(full, C::kStageBytes);
-            load<C::kM, C::kSharesA, C::kGatedA>(to, map_a, full, step * C::kK, row_a, sizes.half, block.rank);
-            load<C::kN, !C::kSharesA, C::kGatedB>(to + C::kM * kRowBytes, map_b, full, step * C::kK, row_b, sizes.half, block.rank);
+            if constexpr (C::kGated)
+                tma_load_interleaved<C::kSharesW>(to_w + half_w * kRowBytes, map_w, full, step * C::kDepth, (row_w + half_w) / 16);
+            else
+                tma_load<C::kSharesW>(to_w + half_w * kRowBytes, map_w, full, step * C::kDepth, row_w + half_w);
+            tma_load<!C::kSharesW>(to_x + half_x * kRowBytes, map_x, full, step * C::kDepth, row_x + half_x);
             if (++stage == C::kStages) {
                 stage = 0;
                 parity ^= 1;
@@ -144,30 +126,21 @@ template <class C>
 __device__ __forceinline__ void consume(const Block<C>& block, const CUtensorMap* map_y, const Sizes& sizes, int group) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool leader = threadIdx.x % 128 == 0;
-    const uint32_t own_chunks = block.chunks + group * C::kChunks * C::kChunkBytes;
-    int stage = 0, chunk = 0;
+    const uint32_t chunk = block.chunks + group * C::kChunkBytes;
+    int stage = 0;
     uint32_t parity = 0;
     const auto release = [&](int stage) { barrier_arrive(block.empty + 8 * stage, lane, lane < kCluster); };
 
-    // The barrier 8 + group is passed once, when the group before has led for long enough.
-    bool leads = sizes.lead > 0 && block.first < block.count;
-    if (leads && group > 0) named_barrier_sync(8 + group, 256);
-    leads = leads && group + 1 < C::kGroups;
     for (int tile = block.first; tile < block.count; tile += block.step) {
-        float sums[C::kBlocks][C::kN / 2];
+        float sums[C::kTokens / 2];
         int last = 0;
         for (int step = 0; step < block.depth_steps; ++step) {
             barrier_wait(block.full + 8 * stage, parity);
-            const uint32_t at_a = block.stages + stage * C::kStageBytes, at_b = at_a + C::kM * kRowBytes;
-            const uint64_t a = wgmma_descriptor(at_a + group * C::kGroupRows * kRowBytes), b = wgmma_descriptor(at_b);
-            constexpr int kBlockRows = C::kGatedA ? C::kM / 2 : 64;  // from block to block
+            const uint32_t at_w = block.stages + stage * C::kStageBytes;
+            const uint64_t w = wgmma_descriptor(at_w + group * 64 * kRowBytes), x = wgmma_descriptor(at_w + C::kW * kRowBytes);
             wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-#pragma unroll
-                for (int j = 0; j < C::kBlocks; ++j)
-                    Wgmma<typename C::T, C::kN>::run(sums[j], a + 2 * i + j * (kBlockRows * kRowBytes >> 4), b + 2 * i, step + i);
-            }
+            for (int i = 0; i < 4; ++i) Wgmma<typename C::T, C::kTokens>::run(sums, w + 2 * i, x + 2 * i, step + i);
             wgmma_commit();
             wgmma_wait<1>();
             if (step > 0) release(last);
@@ -176,78 +149,59 @@ __device__ __forceinline__ void consume(const Block<C>& block, const CUtensorMap
                 stage = 0;
                 parity ^= 1;
             }
-            if (leads && step == sizes.lead) {
-                leads = false;
-                named_barrier_arrive(8 + group + 1, 256);
-            }
         }
         wgmma_wait<0>();
         release(last);
 
-        int row_a, row_b;
-        block.at(tile, row_a, row_b);
-        row_a += group * C::kGroupRows;
+        int row_w, row_x;
+        block.at(tile, row_w, row_x);
+        // This thread's numbers come from row 16 warp + lane / 4 of its group's 64, and from 8 below: gated, W1's and W3's row of one
+        // column of y.
+        const int column = (C::kGated ? row_w / 2 : row_w) + group * C::kColumns;
+        float scales[2] = {};
+        if constexpr (C::kScaled) {
+            const int columns = C::kGated ? sizes.columns / 2 : sizes.columns, own = column + warp * (C::kColumns / 4) + lane / 4;
+            scales[0] = __ldg(sizes.weight_scales + min(own, columns - 1));
+            scales[1] = __ldg(sizes.weight_scales + (C::kGated ? columns + min(own, columns - 1) : min(own + 8, columns - 1)));
+        }
+        // Tokens 8 i to 8 i + 7, as Wgmma holds them.
+        const auto scaled = [&](int i, float(&v)[4]) {
 #pragma unroll
-        for (int j = 0; j < C::kGroupRows / 64; ++j) {
-            const int row = row_a + j * 64 + warp * 16 + lane / 4;
-            // Columns 8 i to 8 i + 7 of B's side, as Wgmma holds them.
-            const auto scaled = [&](int j, int i, float(&u)[4]) {
-#pragma unroll
-                for (int q = 0; q < 4; ++q) u[q] = sums[j][4 * i + q];
-                if constexpr (C::kScaled) {
-                    const float* from_a = sizes.scales_a + (C::kGatedA ? j * sizes.half : 0);
-                    const float* from_b = sizes.scales_b + 8 * i / C::kRowsB * sizes.half;
-                    const float s0 = __ldg(from_a + min(row, sizes.rows_a - 1)), s1 = __ldg(from_a + min(row + 8, sizes.rows_a - 1));
-                    const int column = row_b + 8 * i % C::kRowsB + lane % 4 * 2;
-                    const float t0 = __ldg(from_b + min(column, sizes.rows_b - 1)), t1 = __ldg(from_b + min(column + 1, sizes.rows_b - 1));
-                    u[0] *= s0 * t0;
-                    u[1] *= s0 * t1;
-                    u[2] *= s1 * t0;
-                    u[3] *= s1 * t1;
-                }
-            };
-            const auto values = [&](int i, float(&v)[4]) {
-                scaled(j, i, v);
-                if constexpr (C::kGated) {
-                    float u[4];
-                    if constexpr (C::kGatedA)
-                        scaled(1, i, u);
-                    else
-                        scaled(j, i + C::kN / 16, u);
-#pragma unroll
-                    for (int q = 0; q < 4; ++q) v[q] = __fdividef(v[q], 1.0f + __expf(-v[q])) * u[q];
-                }
-            };
-            constexpr int kWidth = C::kTransposed ? C::kChunkRows : 64;  // of a chunk, along B
-#pragma unroll
-            for (int begin = 0; begin < C::kRowsB; begin += kWidth) {
-                const uint32_t buffer = own_chunks + chunk * C::kChunkBytes;
-                if (leader) tma_store_wait<C::kChunks - 1>();
-                named_barrier_sync(1 + group, 128);
-#pragma unroll
-                for (int at = 0; at < kWidth; at += 16) {
-                    float v[4], w[4];
-                    values((begin + at) / 8, v);
-                    // 16 rows of A's side by 16 or 8 of B's; y's columns in the 128-byte swizzle.
-                    const int y_row = C::kTransposed ? at + lane / 16 * 8 + lane % 8 : warp * 16 + lane / 8 % 2 * 8 + lane % 8;
-                    const int vector = C::kTransposed ? warp * 2 + lane / 8 % 2 : at / 8 + lane / 16;
-                    const uint32_t to = buffer + y_row * 128 + (vector ^ y_row % 8) * 16;
-                    if (at + 8 < kWidth) {
-                        values((begin + at) / 8 + 1, w);
-                        store_matrices<C::kTransposed>(to, pack(v[0], v[1]), pack(v[2], v[3]), pack(w[0], w[1]), pack(w[2], w[3]));
-                    } else {
-                        store_matrices<C::kTransposed>(to, pack(v[0], v[1]), pack(v[2], v[3]));
-                    }
-                }
-                async_proxy_fence();
-                named_barrier_sync(1 + group, 128);
-                if (leader) {
-                    const int along_a = row_a + j * 64, along_b = row_b + begin;
-                    tma_store(map_y, buffer, C::kTransposed ? along_a : along_b, C::kTransposed ? along_b : along_a);
-                }
-                __syncwarp();
-                if (++chunk == C::kChunks) chunk = 0;
+            for (int q = 0; q < 4; ++q) v[q] = sums[4 * i + q];
+            if constexpr (C::kScaled) {
+                const int token = row_x + 8 * i + lane % 4 * 2;
+                const float first = __ldg(sizes.x_scales + min(token, sizes.rows - 1));
+                const float second = __ldg(sizes.x_scales + min(token + 1, sizes.rows - 1));
+                v[0] *= scales[0] * first;
+                v[1] *= scales[0] * second;
+                v[2] *= scales[1] * first;
+                v[3] *= scales[1] * second;
             }
+        };
+#pragma unroll
+        for (int begin = 0; begin < C::kTokens; begin += C::kChunkTokens) {
+            if (leader) tma_store_wait<0>();
+            named_barrier_sync(1 + group, 128);
+#pragma unroll
+            for (int at = 0; at < C::kChunkTokens; at += 16) {
+                // 16 tokens by 8 columns of y a warp, gated, else by 16; the last may be 8 by 16.
+                float v[4], w[4];
+                scaled((begin + at) / 8, v);
+                const int token = at + (C::kGated ? lane : lane / 2 & 8 | lane % 8) % 16;
+                const int vector = C::kGated ? warp ^ token / 2 % 4 : (warp * 2 + lane / 8 % 2) ^ token % 8;
+                const uint32_t to = chunk + token * C::kColumns * 2 + vector * 16;
+                if (C::kGated || at + 8 < C::kChunkTokens) scaled((begin + at) / 8 + 1, w);
+                if constexpr (C::kGated)
+                    store_matrices_transposed(to, pack(gate(v[0], v[2]), gate(v[1], v[3])), pack(gate(w[0], w[2]), gate(w[1], w[3])));
+                else if (at + 8 < C::kChunkTokens)
+                    store_matrices_transposed(to, pack(v[0], v[1]), pack(v[2], v[3]), pack(w[0], w[1]), pack(w[2], w[3]));
+                else
+                    store_matrices_transposed(to, pack(v[0], v[1]), pack(v[2], v[3]));
+            }
+            async_proxy_fence();
+            named_barrier_sync(1 + group, 128);
+            if (leader) tma_store(map_y, chunk, column, row_x + begin);
+            __syncwarp();
         }
     }
     if (leader) tma_store_wait<0>();
@@ -258,7 +212,7 @@ __device__ __forceinline__ void consume(const Block<C>& block, const CUtensorMap
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+    gemm_kernel(const __grid_constant__ CUtensorMap map_w, const __grid_constant__ CUtensorMap map_x,
                 const __grid_constant__ CUtensorMap map_y, const Sizes sizes) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared[];
@@ -271,10 +225,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         barrier_init_fence();
     }
     cluster_sync();
-    const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // known to be the same in the warp
+    const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // a warp's, as the compiler can then tell
     if (group == C::kGroups) {
         registers_down<C::kProducerRegisters>();
-        if (threadIdx.x == C::kGroups * 128) produce(block, &map_a, &map_b, sizes);
+        if (threadIdx.x == C::kGroups * 128) produce(block, &map_w, &map_x);
         __syncwarp();
     } else {
         registers_up<C::kConsumerRegisters>();
@@ -299,40 +253,38 @@ Encode encoder() {
     return encode;
 }
 
-// A contiguous matrix in boxes of 128 bytes by box_rows; what lies outside reads as zero.
+// A contiguous matrix in boxes of box_bytes by box_rows; what lies outside reads as zero. Interleaved: of the rows of its halves, 8
+// of each in turn.
 template <class T>
-cudaError_t make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows) {
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t stride = sizes[0] * sizeof(T);
-    const cuuint32_t box[2] = {kRowBytes / sizeof(T), static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+cudaError_t make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_bytes, int box_rows, bool interleaved) {
+    const cuuint64_t length = columns, stride = length * sizeof(T), half = rows / 2;
+    const cuuint32_t width = box_bytes / sizeof(T), steps[4] = {1, 1, 1, 1};
+    const cuuint64_t plain_sizes[2] = {length, static_cast<cuuint64_t>(rows)}, plain_strides[1] = {stride};
+    const cuuint32_t plain_box[2] = {width, static_cast<cuuint32_t>(box_rows)};
+    const cuuint64_t sizes[4] = {length, 8, 2, half / 8}, strides[3] = {stride, half * stride, 8 * stride};
+    const cuuint32_t box[4] = {width, 8, 2, static_cast<cuuint32_t>(box_rows / 16)};
     const Encode encode = encoder();
     if (!encode) return cudaErrorNotSupported;
     const CUresult result =
-        encode(map, sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes,
-               &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        encode(map, sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, interleaved ? 4 : 2,
+               const_cast<void*>(data), interleaved ? sizes : plain_sizes, interleaved ? strides : plain_strides,
+               interleaved ? box : plain_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <class C>
 cudaError_t launch(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-    const int64_t y_columns = gemm.gated ? gemm.columns / 2 : gemm.columns;
-    Sizes sizes{};
-    sizes.rows_a = static_cast<int>(C::kTransposed ? y_columns : gemm.rows);
-    sizes.rows_b = static_cast<int>(C::kTransposed ? gemm.rows : y_columns);
-    sizes.depth = static_cast<int>(gemm.depth);
-    sizes.half = static_cast<int>(y_columns);
-    sizes.group = kGroup;
-    sizes.lead = std::min(kLead, (sizes.depth - 1) / C::kK);
-    sizes.scales_a = C::kTransposed ? gemm.weight_scales : gemm.x_scales;
-    sizes.scales_b = C::kTransposed ? gemm.x_scales : gemm.weight_scales;
-
     using T = typename C::T;
-    CUtensorMap a, b, y;
-    cudaError_t error = make_map<T>(&a, C::kTransposed ? gemm.weight : gemm.x, C::kTransposed ? gemm.columns : gemm.rows, gemm.depth, C::kBoxA);
+    const Sizes sizes{static_cast<int>(gemm.rows), static_cast<int>(gemm.columns), static_cast<int>(gemm.depth), gemm.x_scales,
+                      gemm.weight_scales};
+    CUtensorMap w, x, y;
+    cudaError_t error = make_map<T>(&w, gemm.weight, gemm.columns, gemm.depth, kRowBytes, C::kBoxW, C::kGated);
+    if (error == cudaSuccess) error = make_map<T>(&x, gemm.x, gemm.rows, gemm.depth, kRowBytes, C::kBoxX, false);
     if (error == cudaSuccess)
-        error = make_map<T>(&b, C::kTransposed ? gemm.x : gemm.weight, C::kTransposed ? gemm.rows : gemm.columns, gemm.depth, C::kBoxB);
-    if (error == cudaSuccess) error = make_map<__nv_bfloat16>(&y, gemm.y, gemm.rows, y_columns, C::kChunkRows);
+        error = make_map<__nv_bfloat16>(&y, gemm.y, gemm.rows, C::kGated ? gemm.columns / 2 : gemm.columns, C::kColumns * 2,
+                                        C::kChunkTokens, false);
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
     if (error != cudaSuccess) return error;
@@ -347,31 +299,43 @@ cudaError_t launch(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
     config.stream = stream;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    error = cudaLaunchKernelEx(&config, gemm_kernel<C>, a, b, y, sizes);
+    error = cudaLaunchKernelEx(&config, gemm_kernel<C>, w, x, y, sizes);
     return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-// Tile 0 to kGemmTiles - 1 of factors of type T.
-template <class T>
+struct Tile {
+    int w, tokens;
+    bool shares_w;
+};
+constexpr Tile kTiles[kGemmTiles] = {{192, 176, true}, {192, 192, true}, {128, 160, true}, {128, 176, true}, {128, 192, true}, {128, 208, true}, {192, 176, false}, {128, 160, false}};
+
+template <class T, bool kGated>
 cudaError_t launch(int tile, const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
     switch (tile) {
         case 0:
-            return launch<Config<T, true, false, Share::b, 2, 1, 192, 5, 64, 1>>(gemm, multiprocessors, stream);
+            return launch<Config<T, kGated, true, 192, 176, 4, 88>>(gemm, multiprocessors, stream);
         case 1:
-            return launch<Config<T, true, false, Share::b, 3, 1, 176, 4, 88, 1>>(gemm, multiprocessors, stream);
+            return launch<Config<T, kGated, true, 192, 192, 4, 64>>(gemm, multiprocessors, stream);
         case 2:
-            return launch<Config<T, true, false, Share::b, 3, 1, 192, 4, 64, 1>>(gemm, multiprocessors, stream);
+            return launch<Config<T, kGated, true, 128, 160, 5, 80>>(gemm, multiprocessors, stream);
         case 3:
-            return launch<Config<T, false, false, Share::b, 2, 1, 256, 4, 64, 2>>(gemm, multiprocessors, stream);
+            return launch<Config<T, kGated, true, 128, 176, 5, 88>>(gemm, multiprocessors, stream);
         case 4:
-            return launch<Config<T, true, false, Share::b, 2, 2, 128, 4, 64, 2>>(gemm, multiprocessors, stream);
+            return launch<Config<T, kGated, true, 128, 192, 5, 64>>(gemm, multiprocessors, stream);
         case 5:
-            return launch<Config<T, false, true, Share::a, 2, 1, 256, 4, 64, 2>>(gemm, multiprocessors, stream);
+            return launch<Config<T, kGated, true, 128, 208, 4, 208>>(gemm, multiprocessors, stream);
         case 6:
-            return launch<Config<T, true, true, Share::a, 2, 2, 136, 3, 136, 1>>(gemm, multiprocessors, stream);
+            return launch<Config<T, kGated, false, 192, 176, 4, 88>>(gemm, multiprocessors, stream);
+        case 7:
+            return launch<Config<T, kGated, false, 128, 160, 5, 80>>(gemm, multiprocessors, stream);
         default:
             return cudaErrorInvalidValue;
     }
+}
+
+template <class T>
+cudaError_t launch(int tile, const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
+    return gemm.gated ? launch<T, true>(tile, gemm, multiprocessors, stream) : launch<T, false>(tile, gemm, multiprocessors, stream);
 }
 
 }  // namespace
@@ -379,11 +343,11 @@ cudaError_t launch(int tile, const Gemm& gemm, int multiprocessors, cudaStream_t
 int gemm_sm90_tile(const Gemm& gemm, int multiprocessors) {
     (void)gemm;
     (void)multiprocessors;
+    (void)kTiles;
     return -1;
 }
 
 cudaError_t gemm_sm90(const Gemm& gemm, int tile, int multiprocessors, cudaStream_t stream) {
-    if (gemm.gated != (tile >= kGemmGated)) return cudaErrorInvalidValue;
     return gemm.x_scales ? launch<__nv_fp8_e4m3>(tile, gemm, multiprocessors, stream)
                          : launch<__nv_bfloat16>(tile, gemm, multiprocessors, stream);
 }

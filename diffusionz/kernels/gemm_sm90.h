@@ -18,12 +18,11 @@ struct Gemm {
     bool gated = false;
 };
 
-// Ways to cut y into tiles; those from kGemmGated on are of gated products.
-constexpr int kGemmTiles = 7, kGemmGated = 5;
+constexpr int kGemmTiles = 8;  // ways to cut y into tiles
 
 // The tile that is fastest for these sizes, or -1 where the library's product is.
 int gemm_sm90_tile(const Gemm& gemm, int multiprocessors);
-// Compute capability 9.0 only. rows, columns < 2^31; depth a multiple of 16 bytes, columns of 8 numbers of y's rows.
+// Compute capability 9.0 only. rows, columns < 2^31; depth a multiple of 16 bytes, y's columns a multiple of 8.
 cudaError_t gemm_sm90(const Gemm& gemm, int tile, int multiprocessors, cudaStream_t stream);
 
 }  // namespace diffusionz::kernels

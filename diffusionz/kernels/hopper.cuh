@@ -19,31 +19,25 @@ namespace diffusionz::kernels {
 template <class T, int N>
 struct Wgmma;
 
-#define DIFFUSIONZ_REGISTERS_64                                                                                      \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
-    "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define DIFFUSIONZ_REGISTERS_68 DIFFUSIONZ_REGISTERS_64 ", %64, %65, %66, %67"
-#define DIFFUSIONZ_REGISTERS_88                                                                                      \
-    DIFFUSIONZ_REGISTERS_68                                                                                          \
-    ", %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
+#define DIFFUSIONZ_REGISTERS_80                                                                                        \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "                                                     \
+    "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "                                           \
+    "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "                                           \
+    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "                                           \
+    "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "                                           \
+    "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define DIFFUSIONZ_REGISTERS_88 DIFFUSIONZ_REGISTERS_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define DIFFUSIONZ_REGISTERS_96 DIFFUSIONZ_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define DIFFUSIONZ_REGISTERS_128                                                                                     \
-    DIFFUSIONZ_REGISTERS_96                                                                                          \
-    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, "     \
-    "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define DIFFUSIONZ_OPERANDS_8(i)                                                                                      \
+#define DIFFUSIONZ_REGISTERS_104 DIFFUSIONZ_REGISTERS_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define DIFFUSIONZ_OPERANDS_8(i)                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define DIFFUSIONZ_OPERANDS_64                                                                                        \
-    DIFFUSIONZ_OPERANDS_8(0), DIFFUSIONZ_OPERANDS_8(8), DIFFUSIONZ_OPERANDS_8(16), DIFFUSIONZ_OPERANDS_8(24),         \
-        DIFFUSIONZ_OPERANDS_8(32), DIFFUSIONZ_OPERANDS_8(40), DIFFUSIONZ_OPERANDS_8(48), DIFFUSIONZ_OPERANDS_8(56)
-#define DIFFUSIONZ_OPERANDS_68 DIFFUSIONZ_OPERANDS_64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
-#define DIFFUSIONZ_OPERANDS_88 \
-    DIFFUSIONZ_OPERANDS_64, DIFFUSIONZ_OPERANDS_8(64), DIFFUSIONZ_OPERANDS_8(72), DIFFUSIONZ_OPERANDS_8(80)
+#define DIFFUSIONZ_OPERANDS_80                                                                                         \
+    DIFFUSIONZ_OPERANDS_8(0), DIFFUSIONZ_OPERANDS_8(8), DIFFUSIONZ_OPERANDS_8(16), DIFFUSIONZ_OPERANDS_8(24),          \
+        DIFFUSIONZ_OPERANDS_8(32), DIFFUSIONZ_OPERANDS_8(40), DIFFUSIONZ_OPERANDS_8(48), DIFFUSIONZ_OPERANDS_8(56),    \
+        DIFFUSIONZ_OPERANDS_8(64), DIFFUSIONZ_OPERANDS_8(72)
+#define DIFFUSIONZ_OPERANDS_88 DIFFUSIONZ_OPERANDS_80, DIFFUSIONZ_OPERANDS_8(80)
 #define DIFFUSIONZ_OPERANDS_96 DIFFUSIONZ_OPERANDS_88, DIFFUSIONZ_OPERANDS_8(88)
-#define DIFFUSIONZ_OPERANDS_128                                                                                       \
-    DIFFUSIONZ_OPERANDS_96, DIFFUSIONZ_OPERANDS_8(96), DIFFUSIONZ_OPERANDS_8(104), DIFFUSIONZ_OPERANDS_8(112),        \
-        DIFFUSIONZ_OPERANDS_8(120)
+#define DIFFUSIONZ_OPERANDS_104 DIFFUSIONZ_OPERANDS_96, DIFFUSIONZ_OPERANDS_8(96)
 
 // `count` numbers of d; a, b, p: the operands behind them. Only 16-bit factors say how they lie.
 #define DIFFUSIONZ_WGMMA(T, N, count, types, a, b, p, majors)                                                         \
@@ -56,29 +50,25 @@ struct Wgmma;
                          : "l"(a_tile), "l"(b_tile), "r"(accumulate));                                                \
         }                                                                                                             \
     }
-DIFFUSIONZ_WGMMA(__nv_bfloat16, 128, 64, "k16.f32.bf16.bf16", "%64", "%65", "%66", ", 0, 0");
-DIFFUSIONZ_WGMMA(__nv_bfloat16, 136, 68, "k16.f32.bf16.bf16", "%68", "%69", "%70", ", 0, 0");
+DIFFUSIONZ_WGMMA(__nv_bfloat16, 160, 80, "k16.f32.bf16.bf16", "%80", "%81", "%82", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 176, 88, "k16.f32.bf16.bf16", "%88", "%89", "%90", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 192, 96, "k16.f32.bf16.bf16", "%96", "%97", "%98", ", 0, 0");
-DIFFUSIONZ_WGMMA(__nv_bfloat16, 256, 128, "k16.f32.bf16.bf16", "%128", "%129", "%130", ", 0, 0");
-DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 128, 64, "k32.f32.e4m3.e4m3", "%64", "%65", "%66", "");
-DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 136, 68, "k32.f32.e4m3.e4m3", "%68", "%69", "%70", "");
+DIFFUSIONZ_WGMMA(__nv_bfloat16, 208, 104, "k16.f32.bf16.bf16", "%104", "%105", "%106", ", 0, 0");
+DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 160, 80, "k32.f32.e4m3.e4m3", "%80", "%81", "%82", "");
 DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 176, 88, "k32.f32.e4m3.e4m3", "%88", "%89", "%90", "");
 DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 192, 96, "k32.f32.e4m3.e4m3", "%96", "%97", "%98", "");
-DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 256, 128, "k32.f32.e4m3.e4m3", "%128", "%129", "%130", "");
+DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 208, 104, "k32.f32.e4m3.e4m3", "%104", "%105", "%106", "");
 
 #undef DIFFUSIONZ_WGMMA
-#undef DIFFUSIONZ_OPERANDS_128
+#undef DIFFUSIONZ_OPERANDS_104
 #undef DIFFUSIONZ_OPERANDS_96
 #undef DIFFUSIONZ_OPERANDS_88
-#undef DIFFUSIONZ_OPERANDS_68
-#undef DIFFUSIONZ_OPERANDS_64
+#undef DIFFUSIONZ_OPERANDS_80
 #undef DIFFUSIONZ_OPERANDS_8
-#undef DIFFUSIONZ_REGISTERS_128
+#undef DIFFUSIONZ_REGISTERS_104
 #undef DIFFUSIONZ_REGISTERS_96
 #undef DIFFUSIONZ_REGISTERS_88
-#undef DIFFUSIONZ_REGISTERS_68
-#undef DIFFUSIONZ_REGISTERS_64
+#undef DIFFUSIONZ_REGISTERS_80
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
@@ -141,20 +131,37 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 
 // --- Tensor memory accelerator ---------------------------------------------------------------------------------------
-// A box of the matrix that `map` describes from (row, column) to shared memory; its bytes complete on `barrier`.
+// A box of the matrix that `map` describes from (row, column) to shared memory; its bytes complete on `barrier`. kToBoth: to the
+// same place in both blocks of a cluster of two, with a completion on each one's barrier.
+template <bool kToBoth>
 __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(to),
-        "l"(map), "r"(barrier), "r"(column), "r"(row)
-        : "memory");
+    if constexpr (kToBoth)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
+            "[%2], %5;\n" ::"r"(to),
+            "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(static_cast<uint16_t>(3))
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(to),
+            "l"(map), "r"(barrier), "r"(column), "r"(row)
+            : "memory");
 }
-// The same to the same place in both blocks of a cluster of two, with a completion on each one's barrier.
-__device__ __forceinline__ void tma_load_to_both(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
-        "[%2], %5;\n" ::"r"(to),
-        "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(static_cast<uint16_t>(3))
-        : "memory");
+// The same of a matrix of four dimensions, from (block, 0, 0, column).
+template <bool kToBoth>
+__device__ __forceinline__ void tma_load_interleaved(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int block) {
+    if constexpr (kToBoth)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %5, %5, "
+            "%4}], [%2], %6;\n" ::"r"(to),
+            "l"(map), "r"(barrier), "r"(column), "r"(block), "r"(0), "h"(static_cast<uint16_t>(3))
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %4}], [%2];\n" ::"r"(
+                to),
+            "l"(map), "r"(barrier), "r"(column), "r"(block), "r"(0)
+            : "memory");
 }
 // From shared memory to the matrix, as a group of its own.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int column, int row) {
@@ -171,23 +178,14 @@ __device__ __forceinline__ void tma_store_wait() {
 // Before a barrier behind which another thread hands what this one wrote to shared memory to a copy.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// 8x8 matrices of 16-bit numbers from a warp's registers to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
-template <bool kTransposed>
-__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    if constexpr (kTransposed)
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(a), "r"(b), "r"(c),
-                     "r"(d)
-                     : "memory");
-    else
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
-                     : "memory");
+// 8x8 matrices of 16-bit numbers from a warp's registers to the columns of shared memory; lane l gives the address of column l % 8
+// of matrix l / 8.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
 }
-template <bool kTransposed>
-__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b) {
-    if constexpr (kTransposed)
-        asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(to), "r"(a), "r"(b) : "memory");
-    else
-        asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};\n" ::"r"(to), "r"(a), "r"(b) : "memory");
+__device__ __forceinline__ void store_matrices_transposed(uint32_t to, uint32_t a, uint32_t b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 
 // --- Blocks ----------------------------------------------------------------------------------------------------------
