@@ -4,8 +4,8 @@
 // left them already), their merge to a factor and an addend a channel, and y (one read, one write).
 //
 // Numbers: a thread's sums in float32 are of distances from its first pixel, of at most kThreadPixels pixels, so nothing cancels
-// where |mean| is far over std; parts are merged around their common mean (Chan, Golub and LeVeque 1979), those of a picture in
-// float64. All sums in a fixed order.
+// where |mean| is far over std; a block's threads are merged around their common mean (Chan, Golub and LeVeque 1979), the parts of a
+// picture in float64. All sums in a fixed order.
 // Limits: none but the grid's (65535 pictures).
 // Reference: ops/group_norm.cc.
 
@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "kernels/launch.cuh"
 #include "kernels/rows.cuh"
 #include "kernels/vector.cuh"
 
@@ -21,35 +22,38 @@ namespace {
 
 constexpr int kThreads = 256, kThreadPixels = 32, kFactorThreads = 512;
 
-// Threads (x, y): x along the vectors of a pixel's channels, y along pixels.
-dim3 block_shape(int64_t vectors) {
-    const unsigned x = static_cast<unsigned>(std::min<int64_t>(vectors, kThreads));
-    return dim3(x, kThreads / x);
-}
+// How a block's threads lie: `across` along the vectors of a pixel's channels, `down` along pixels.
+struct Layout {
+    int across, down;
+    explicit Layout(int64_t vectors) : across(static_cast<int>(std::min<int64_t>(vectors, kThreads))), down(kThreads / across) {}
+};
 
 template <class T>
 constexpr int kFull = 16 / static_cast<int>(sizeof(T));
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
-    moments_kernel(const T* x, float2* moments, int64_t pixels, int channels, int part_pixels) {
+    moments_kernel(const T* x, float2* moments, int64_t pixels, int channels, int part_pixels, Layout layout) {
+    wait_for_the_kernel_before();
+    start_the_kernel_after();
+    const int column = threadIdx.x % layout.across, row = threadIdx.x / layout.across;
     __shared__ float shared[3][kThreads * N];
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * part_pixels;
     const int count = static_cast<int>(min(static_cast<int64_t>(part_pixels), pixels - begin)), vectors = channels / N;
     const T* from = x + (blockIdx.y * pixels + begin) * channels;
     float2* to = moments + (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * channels;
-    for (int first = 0; first < vectors; first += blockDim.x) {
-        const int vector = first + threadIdx.x;
-        const int mine = vector < vectors && threadIdx.y < count ? (count - threadIdx.y + blockDim.y - 1) / blockDim.y : 0;
+    for (int first = 0; first < vectors; first += layout.across) {
+        const int vector = first + column;
+        const int mine = vector < vectors && row < count ? (count - row + layout.down - 1) / layout.down : 0;
         float shift[N], sum[N], squares[N];
         if (mine > 0) {
-            const auto numbers = load<T, N>(from, static_cast<int64_t>(threadIdx.y) * vectors + vector);
+            const auto numbers = load<T, N>(from, static_cast<int64_t>(row) * vectors + vector);
 #pragma unroll
             for (int i = 0; i < N; ++i) shift[i] = to_float(numbers.values[i]), sum[i] = squares[i] = 0.0f;
         }
 #pragma unroll 4
         for (int p = 1; p < mine; ++p) {
-            const auto numbers = load<T, N>(from, static_cast<int64_t>(threadIdx.y + p * blockDim.y) * vectors + vector);
+            const auto numbers = load<T, N>(from, static_cast<int64_t>(row + p * layout.down) * vectors + vector);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const float distance = to_float(numbers.values[i]) - shift[i];
@@ -58,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
             }
         }
         __syncthreads();
-        const int slot = (threadIdx.y * blockDim.x + threadIdx.x) * N;
+        const int slot = threadIdx.x * N;
         const float inverse = 1.0f / static_cast<float>(max(mine, 1));
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -68,15 +72,15 @@ __global__ void __launch_bounds__(kThreads)
         }
         __syncthreads();
         // A channel a thread: its rows of threads in their order.
-        const int width = min(static_cast<int>(blockDim.x), vectors - first) * N, row = blockDim.x * N;
-        for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < width; c += blockDim.x * blockDim.y) {
+        const int width = min(layout.across, vectors - first) * N, stride = layout.across * N;
+        for (int c = threadIdx.x; c < width; c += blockDim.x) {
             float sums = 0.0f, square = 0.0f;
             const float origin = shared[1][c];
-            for (int y = 0; y < blockDim.y; ++y) sums += shared[0][y * row + c] * (shared[1][y * row + c] - origin);
+            for (int y = 0; y < layout.down; ++y) sums += shared[0][y * stride + c] * (shared[1][y * stride + c] - origin);
             const float offset = sums / static_cast<float>(count), mean = origin + offset;
-            for (int y = 0; y < blockDim.y; ++y) {
-                const float distance = shared[1][y * row + c] - origin - offset;
-                square += shared[2][y * row + c] + shared[0][y * row + c] * distance * distance;
+            for (int y = 0; y < layout.down; ++y) {
+                const float distance = shared[1][y * stride + c] - origin - offset;
+                square += shared[2][y * stride + c] + shared[0][y * stride + c] * distance * distance;
             }
             to[first * N + c] = make_float2(mean, square);
         }
@@ -84,7 +88,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __device__ double block_sum_wide(double x, double* scratch) {
-    __syncthreads();
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
@@ -94,35 +97,39 @@ __device__ double block_sum_wide(double x, double* scratch) {
     return sum;
 }
 
-// A block a group and picture.
+// A block a group and picture. One pass: in float64 E[x^2] - E[x]^2 of numbers that were float32 keeps the digits that they have.
 template <class T>
 __global__ void __launch_bounds__(kFactorThreads)
-    factors_kernel(const float2* moments, const T* weight, const T* bias, float2* factors, Parts parts, int tiles, int across, int channels,
-                   int group_channels, double eps) {
-    __shared__ double scratch[kFactorThreads / 32];
-    const int64_t numbers = static_cast<int64_t>(parts.layers) * tiles * group_channels;
+    factors_kernel(const float2* moments, const T* weight, const T* bias, float2* factors, Parts parts, int count, int tiles, int across,
+                   int channels, int group_channels, double eps) {
+    wait_for_the_kernel_before();
+    start_the_kernel_after();
+    __shared__ double scratch[2][kFactorThreads / 32];
     const int first = blockIdx.x * group_channels;
-    const float2* from = moments + static_cast<int64_t>(blockIdx.y) * parts.layers * tiles * channels + first;
-    const auto visit = [&](auto&& take) {
-#pragma unroll 4
-        for (int64_t i = threadIdx.x; i < numbers; i += kFactorThreads) {
-            const int part = static_cast<int>(i / group_channels), c = static_cast<int>(i) - part * group_channels;
-            const int tile = part % tiles, row = tile / across, column = tile - row * across;
-            const int64_t count = min(parts.tile_rows, parts.rows - row * parts.tile_rows) *
-                                  min(parts.tile_columns, parts.columns - column * parts.tile_columns);
-            take(static_cast<double>(count), from[static_cast<int64_t>(part) * channels + c]);
+    const float2* from = moments + static_cast<int64_t>(blockIdx.y) * count * channels + first;
+    const bool even = parts.rows % parts.tile_rows == 0 && parts.columns % parts.tile_columns == 0;
+    double pixels = static_cast<double>(parts.tile_rows * parts.tile_columns), sum = 0.0, squares = 0.0;
+    // Neighbouring threads take a group's channels in a part, then the next parts.
+    const int lanes = min(group_channels, kFactorThreads), step = kFactorThreads / lanes;
+    for (int c = threadIdx.x % lanes; c < group_channels && threadIdx.x < lanes * step; c += lanes) {
+#pragma unroll 8
+        for (int part = threadIdx.x / lanes; part < count; part += step) {
+            const float2 moment = from[static_cast<int64_t>(part) * channels + c];
+            if (!even) {
+                const int tile = part % tiles, row = tile / across, column = tile - row * across;
+                pixels = static_cast<double>(min(parts.tile_rows, parts.rows - row * parts.tile_rows) *
+                                             min(parts.tile_columns, parts.columns - column * parts.tile_columns));
+            }
+            const double mean = moment.x;
+            sum += pixels * mean;
+            squares += moment.y + pixels * mean * mean;
         }
-    };
-    const double total = static_cast<double>(parts.layers * parts.rows * parts.columns) * group_channels;
-    double sum = 0.0;
-    visit([&](double count, float2 part) { sum += count * part.x; });
-    const double mean = block_sum_wide(sum, scratch) / total;
-    double squares = 0.0;
-    visit([&](double count, float2 part) {
-        const double distance = part.x - mean;
-        squares += part.y + count * distance * distance;
-    });
-    const double inverse = 1.0 / sqrt(block_sum_wide(squares, scratch) / total + eps);
+    }
+    sum = block_sum_wide(sum, scratch[0]);
+    squares = block_sum_wide(squares, scratch[1]);
+    const double total = static_cast<double>(parts.layers * parts.rows * parts.columns) * group_channels, mean = sum / total;
+    const double variance = squares / total - mean * mean;
+    const double inverse = 1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + eps);  // what is not a number stays that
     for (int c = first + threadIdx.x; c < first + group_channels; c += kFactorThreads) {
         const double factor = to_float(weight[c]) * inverse;
         factors[static_cast<int64_t>(blockIdx.y) * channels + c] =
@@ -132,10 +139,12 @@ __global__ void __launch_bounds__(kFactorThreads)
 
 template <class T, int N, bool kSilu>
 __global__ void __launch_bounds__(kThreads)
-    apply_kernel(const T* x, const float2* factors, T* y, int64_t pixels, int channels) {
-    const int vectors = channels / N;
+    apply_kernel(const T* x, const float2* factors, T* y, int64_t pixels, int channels, Layout layout) {
+    wait_for_the_kernel_before();
+    start_the_kernel_after();
+    const int vectors = channels / N, column = threadIdx.x % layout.across, row = threadIdx.x / layout.across;
     const int64_t offset = blockIdx.y * pixels * vectors;
-    for (int vector = threadIdx.x; vector < vectors; vector += blockDim.x) {
+    for (int vector = column; vector < vectors; vector += layout.across) {
         float factor[N], addend[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -143,10 +152,11 @@ __global__ void __launch_bounds__(kThreads)
             factor[i] = pair.x;
             addend[i] = pair.y;
         }
-        const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+        // From the end to the beginning: of x the second-level cache still has the end, of y it shall have the beginning.
+        const int64_t step = static_cast<int64_t>(gridDim.x) * layout.down;
 #pragma unroll 4
-        for (int64_t p = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; p < pixels; p += step) {
-            const auto numbers = load<T, N>(x, offset + p * vectors + vector);
+        for (int64_t p = pixels - 1 - static_cast<int64_t>(blockIdx.x) * layout.down - row; p >= 0; p -= step) {
+            const auto numbers = load_once<T, N>(x, offset + p * vectors + vector);
             float results[N];
 #pragma unroll
             for (int i = 0; i < N; ++i) {
@@ -181,10 +191,10 @@ cudaError_t group_norm_moments(Type type, const void* x, float* moments, int64_t
         using T = std::remove_pointer_t<decltype(tag)>;
         return with_vectors<T>(channels, {x}, [&](auto numbers) {
             constexpr int N = decltype(numbers)::value;
-            moments_kernel<T, N><<<grid, block_shape(channels / N), 0, stream>>>(
-                static_cast<const T*>(x), reinterpret_cast<float2*>(moments), pixels, static_cast<int>(channels),
-                static_cast<int>(parts.tile_columns));
-            return cudaGetLastError();
+            const Layout layout(channels / N);
+            return launch(moments_kernel<T, N>, grid, layout.across * layout.down, 0, stream, /*overlapped=*/true,
+                          static_cast<const T*>(x), reinterpret_cast<float2*>(moments), pixels, static_cast<int>(channels),
+                          static_cast<int>(parts.tile_columns), layout);
         });
     });
 }
@@ -194,11 +204,10 @@ cudaError_t group_norm_factors(Type type, const float* moments, const void* weig
     const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(batch));
     return with_type(type, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
-        factors_kernel<T><<<grid, kFactorThreads, 0, stream>>>(
-            reinterpret_cast<const float2*>(moments), static_cast<const T*>(weight), static_cast<const T*>(bias),
-            reinterpret_cast<float2*>(factors), parts, static_cast<int>(parts.tiles()), static_cast<int>(parts.tiles_across()),
+        return launch(
+            factors_kernel<T>, grid, kFactorThreads, 0, stream, /*overlapped=*/true, reinterpret_cast<const float2*>(moments), static_cast<const T*>(weight), static_cast<const T*>(bias),
+            reinterpret_cast<float2*>(factors), parts, static_cast<int>(parts.count()), static_cast<int>(parts.tiles()), static_cast<int>(parts.tiles_across()),
             static_cast<int>(channels), static_cast<int>(channels / groups), eps);
-        return cudaGetLastError();
     });
 }
 
@@ -208,14 +217,13 @@ cudaError_t group_norm_apply(Type type, const void* x, const float* factors, voi
         using T = std::remove_pointer_t<decltype(tag)>;
         return with_vectors<T>(channels, {x, y}, [&](auto numbers) {
             constexpr int N = decltype(numbers)::value;
-            const dim3 block = block_shape(channels / N);
+            const Layout layout(channels / N);
             constexpr int64_t kPixelsAThread = 8;
-            const int64_t blocks = (pixels + block.y * kPixelsAThread - 1) / (block.y * kPixelsAThread);
-            const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch));
-            const auto kernel = silu ? apply_kernel<T, N, true> : apply_kernel<T, N, false>;
-            kernel<<<grid, block, 0, stream>>>(static_cast<const T*>(x), reinterpret_cast<const float2*>(factors), static_cast<T*>(y),
-                                               pixels, static_cast<int>(channels));
-            return cudaGetLastError();
+            const int64_t pixels_a_block = layout.down * kPixelsAThread;
+            const dim3 grid(static_cast<unsigned>((pixels + pixels_a_block - 1) / pixels_a_block), static_cast<unsigned>(batch));
+            return launch(silu ? apply_kernel<T, N, true> : apply_kernel<T, N, false>, grid, layout.across * layout.down, 0, stream,
+                          /*overlapped=*/true, static_cast<const T*>(x), reinterpret_cast<const float2*>(factors), static_cast<T*>(y),
+                          pixels, static_cast<int>(channels), layout);
         });
     });
 }

@@ -11,6 +11,7 @@
 
 #include "kernels/norm_conv2d.h"
 
+#include "kernels/launch.cuh"
 #include "kernels/mma.cuh"
 #include "kernels/rows.cuh"
 #include "kernels/vector.cuh"
@@ -48,8 +49,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     extern __shared__ float products[];  // [kProducts][kStride]
     __shared__ alignas(16) float2 shared_factors[kIn];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first_row = blockIdx.y * kRows, first_column = blockIdx.x * kColumns;
+    // From the end to the beginning: of x the second-level cache still has the end.
+    const int first_row = (gridDim.y - 1 - blockIdx.y) * kRows, first_column = blockIdx.x * kColumns;
     const int64_t image = static_cast<int64_t>(blockIdx.z) * height * width;
+    wait_for_the_kernel_before();
+    start_the_kernel_after();
     for (int c = threadIdx.x; c < kIn; c += kThreads) shared_factors[c] = factors[static_cast<int64_t>(blockIdx.z) * kIn + c];
 
     // Rows 3 tap + output; of each row and step a thread holds 8 channels.
@@ -135,10 +139,9 @@ cudaError_t run(const void* x, const float* factors, const void* weight, const v
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>((width + kColumns - 1) / kColumns), static_cast<unsigned>((height + kRows - 1) / kRows),
                     static_cast<unsigned>(batch));
-    kernel<<<grid, kThreads, kBytes, stream>>>(static_cast<const T*>(x), reinterpret_cast<const float2*>(factors),
-                                               static_cast<const T*>(weight), static_cast<const T*>(bias), y, static_cast<int>(height),
-                                               static_cast<int>(width), static_cast<int>(out));
-    return cudaGetLastError();
+    return launch(kernel, grid, kThreads, kBytes, stream, /*overlapped=*/true, static_cast<const T*>(x),
+                  reinterpret_cast<const float2*>(factors), static_cast<const T*>(weight), static_cast<const T*>(bias), y,
+                  static_cast<int>(height), static_cast<int>(width), static_cast<int>(out));
 }
 
 }  // namespace

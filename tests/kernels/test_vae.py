@@ -49,7 +49,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
 
 
 # batch, channels, height, width, groups: the decoder's, ones that vectors of 16 bytes do not tile, one pixel.
-NORMS = [(1, 512, 64, 64, 32), (1, 128, 256, 200, 32), (2, 256, 37, 21, 32), (1, 72, 33, 35, 9), (2, 66, 5, 7, 11), (3, 32, 1, 1, 32),
+NORMS = [(1, 512, 64, 64, 32), (1, 128, 256, 200, 32), (2, 256, 37, 21, 32), (1, 72, 33, 35, 9), (2, 66, 5, 7, 11), (3, 96, 1, 1, 8),
          (1, 2056, 3, 3, 8)]  # fmt: skip
 
 
@@ -119,6 +119,25 @@ def test_conv2d(ops: Any, shape: tuple[int, ...], with_residual: bool) -> None:
     assert_as_exact(y, theirs[0], truth[0])
     assert_as_exact(normed, theirs[1], truth[1])
     assert torch.equal(ops.conv2d(x, weight, bias, residual), y)
+
+
+# batch, in, in of the shortcut, height, width, out.
+@pytest.mark.parametrize("shape", [(1, 128, 256, 64, 48, 128), (2, 256, 512, 19, 33, 256), (1, 64, 8, 16, 16, 72), (1, 64, 3, 16, 16, 64)])
+def test_conv2d_with_shortcut(ops: Any, shape: tuple[int, ...]) -> None:
+    batch, channels, shortcut_channels, height, width, out = shape
+    x, weight, bias = draw(batch, channels, height, width), draw(out, channels, 3, 3, scale=(9 * channels) ** -0.5), draw(out)
+    shortcut_x = draw(batch, shortcut_channels, height, width)
+    shortcut_weight = draw(out, shortcut_channels, 1, 1, scale=shortcut_channels**-0.5)
+    inputs = (x, weight, bias, shortcut_x, shortcut_weight, draw(out + 1)[1:].clone())
+
+    def reference(x: Tensor, weight: Tensor, bias: Tensor, *shortcut: Tensor) -> Tensor:
+        return functional.conv2d(x, weight, bias, padding=1) + functional.conv2d(*shortcut)
+
+    truth = reference(*(tensor.double() for tensor in inputs))
+    poison(batch * out * height * width * 4)
+    run = lambda: ops.conv2d_with_shortcut(*inputs)  # noqa: E731
+    assert_as_exact(run(), reference(*inputs), truth)
+    assert_repeats(run)
 
 
 def test_conv2d_leaves_the_moments_on_hopper(ops: Any) -> None:

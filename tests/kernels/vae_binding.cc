@@ -44,6 +44,10 @@ TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
         const at::Tensor y = Conv2d(weight, bias, 1, weight.size(2) / 2)(x, residual.value_or(at::Tensor()), &moments);
         return std::make_tuple(y, group_norm(y, norm_weight, norm_bias, groups, eps, /*silu=*/true, moments), moments.values.defined());
     });
+    m.def("conv2d_with_shortcut", [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& shortcut_x,
+                                     const at::Tensor& shortcut_weight, const at::Tensor& shortcut_bias) {
+        return Conv2d(weight, bias, 1, 1).with_shortcut(x, Conv2d(shortcut_weight, shortcut_bias), shortcut_x);
+    });
     m.def("upsample_conv2d_group_norm", [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                                            const at::Tensor& norm_weight, const at::Tensor& norm_bias, int64_t groups, double eps) {
         ChannelMoments moments;

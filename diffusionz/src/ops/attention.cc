@@ -65,9 +65,9 @@ at::Tensor wide_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
 at::Tensor cuda_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
     const at::ScalarType dtype = q.scalar_type();
     const int64_t width = q.size(3);
-    if (!q.is_cuda() || (dtype != at::kHalf && dtype != at::kBFloat16) || width % 8 != 0) return {};
+    if (kernel_disabled("attention") || !q.is_cuda()) return {};
+    if ((dtype != at::kHalf && dtype != at::kBFloat16) || width % 8 != 0) return {};
     if (causal && q.size(1) != k.size(1)) return {};  // libraries align such a mask differently
-    if (kernel_disabled("attention")) return {};
     if (width > kFlashHeadDimMax) return causal ? at::Tensor() : wide_attention(q, k, v);
     const auto heads_first = [](const at::Tensor& x) { return x.transpose(1, 2); };
     if (width <= kCudnnHeadDimMax && q.size(1) >= kCudnnTokensMin && has_cudnn_attention(q)) {

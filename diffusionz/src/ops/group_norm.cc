@@ -114,11 +114,6 @@ void normalize_image(const float* x, float* y, int64_t pixels, int64_t channels,
     });
 }
 
-bool disabled() {
-    static const bool is = kernel_disabled("group_norm");
-    return is;
-}
-
 void apply_on_gpu([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const at::Tensor& factors, [[maybe_unused]] const at::Tensor& y,
                   [[maybe_unused]] bool silu) {
 #ifdef DIFFUSIONZ_WITH_CUDA
@@ -132,7 +127,7 @@ void apply_on_gpu([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const a
 
 bool group_norm_kernel_takes([[maybe_unused]] const at::Tensor& x) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    return x.is_cuda() && has_kernel_type(x.scalar_type()) && !disabled();
+    return x.is_cuda() && has_kernel_type(x.scalar_type()) && !kernel_disabled("group_norm");
 #else
     return false;
 #endif
@@ -164,7 +159,7 @@ at::Tensor group_norm_factors(const at::Tensor& x, [[maybe_unused]] const at::Te
 at::Tensor group_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t groups, double eps,
                       bool silu, const ChannelMoments& moments) {
     const bool on_gpu = group_norm_kernel_takes(x);
-    if (!on_gpu && (!x.is_cpu() || x.scalar_type() != at::kFloat || disabled())) {
+    if (!on_gpu && (!x.is_cpu() || x.scalar_type() != at::kFloat || kernel_disabled("group_norm"))) {
         at::Tensor y = at::group_norm(x, groups, weight, bias, eps);
         return silu ? at::silu_(y) : y;
     }

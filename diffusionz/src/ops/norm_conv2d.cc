@@ -17,8 +17,7 @@ namespace diffusionz {
 at::Tensor norm_conv2d(const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, int64_t groups, double eps,
                        const ChannelMoments& moments, const Conv2d& conv, bool pixels) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    static const bool disabled = kernel_disabled("norm_conv2d");
-    if (!disabled && group_norm_kernel_takes(x) && x.scalar_type() != at::kFloat) {
+    if (!kernel_disabled("norm_conv2d") && group_norm_kernel_takes(x) && x.scalar_type() != at::kFloat) {
         const at::Tensor in = x.contiguous(at::MemoryFormat::ChannelsLast);
         const int64_t batch = in.size(0), height = in.size(2), width = in.size(3), out = conv.weight().size(0);
         const at::Tensor factors = group_norm_factors(in, norm_weight, norm_bias, groups, eps, moments);

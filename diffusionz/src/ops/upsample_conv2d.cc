@@ -46,14 +46,17 @@ UpsampleConv2d::UpsampleConv2d(const at::Tensor& weight, at::Tensor bias) {
 }
 
 at::Tensor UpsampleConv2d::by_kernel(const at::Tensor& x, ChannelMoments* moments) const {
-    const at::Tensor in = x.contiguous(at::MemoryFormat::ChannelsLast);
-    const int64_t height = in.size(2), width = in.size(3), out = bias_.size(0);
-    at::Tensor y = at::empty({in.size(0), out, 2 * height, 2 * width}, in.options().memory_format(at::MemoryFormat::ChannelsLast));
-    if (moments) *moments = conv2d_moments(in, out, /*layers=*/4);
+    Conv2dInputs inputs;
+    inputs.x = x.contiguous(at::MemoryFormat::ChannelsLast);
+    inputs.bias = bias_;
+    const int64_t height = x.size(2), width = x.size(3), out = bias_.size(0);
+    const at::Tensor y = at::empty({x.size(0), out, 2 * height, 2 * width}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    if (moments) *moments = conv2d_moments(x, out, /*layers=*/4);
     for (int64_t part = 0; part < 4; ++part) {
         const int64_t a = part / 2, b = part % 2;
-        conv2d_kernel(in, part_weights_[static_cast<size_t>(part)], bias_, {},
-                      y.slice(2, a, 2 * height, 2).slice(3, b, 2 * width, 2), a - 1, b - 1,
+        inputs.weight = part_weights_[static_cast<size_t>(part)];
+        inputs.first_row = a - 1, inputs.first_column = b - 1;
+        conv2d_kernel(inputs, y.slice(2, a, 2 * height, 2).slice(3, b, 2 * width, 2),
                       moments ? moments->values.chunk(4, 1)[static_cast<size_t>(part)] : at::Tensor());
     }
     return y;

@@ -160,8 +160,8 @@ Vae::Picture Vae::run_resnet(const Resnet& resnet, const Picture& picture) const
     Picture inner, result;
     inner.x = resnet.conv1(run_norm(resnet.norm1, picture, true), {}, &inner.moments);
     inner.x = run_norm(resnet.norm2, inner, true);
-    const at::Tensor residual = resnet.shortcut ? (*resnet.shortcut)(picture.x) : picture.x;
-    result.x = resnet.conv2(inner.x, residual, &result.moments);
+    result.x = resnet.shortcut ? resnet.conv2.with_shortcut(inner.x, *resnet.shortcut, picture.x, &result.moments)
+                               : resnet.conv2(inner.x, picture.x, &result.moments);
     return result;
 }
 
