@@ -217,6 +217,25 @@ def test_a_batch_with_one_bad_request_draws_none(ctx: Any) -> None:
         lib.diffusionz_free_result(ffi.addressof(results[i]))
 
 
+def test_a_batch_is_encoded_as_its_pictures_alone_are(ctx: Any) -> None:
+    """More pictures than are encoded at once, in every format."""
+    prompt = ffi.new("char[]", b"x")
+    count = 20
+    requests, results = ffi.new("DiffusionZRequest[]", count), ffi.new("DiffusionZResult[]", count)
+    for i in range(count):
+        lib.diffusionz_request_init(ffi.addressof(requests[i]))
+        requests[i].prompt, requests[i].width, requests[i].height, requests[i].num_steps = prompt, 32, 16, 1
+        requests[i].seed, requests[i].format = i, i % 4
+    assert lib.diffusionz_generate_batch(ctx, requests, count, NULL, results) == lib.DIFFUSIONZ_OK
+    one = ffi.new("DiffusionZResult *")
+    for i in range(count):
+        assert lib.diffusionz_generate_batch(ctx, ffi.addressof(requests[i]), 1, NULL, one) == lib.DIFFUSIONZ_OK
+        alone, together = (bytes(ffi.buffer(r.image_data, r.image_len)) for r in (one[0], results[i]))
+        assert alone == together
+        lib.diffusionz_free_result(one)
+        lib.diffusionz_free_result(ffi.addressof(results[i]))
+
+
 def test_a_task_serves_one_call(ctx: Any) -> None:
     prompt = ffi.new("char[]", b"x")
     request, result = ffi.new("DiffusionZRequest *"), ffi.new("DiffusionZResult *")
