@@ -9,8 +9,8 @@
 // every tile, and a number of tokens that is none is cut into tiles that fill whole waves of multiprocessors. Tiles are numbered
 // along the tokens first, so that W streams through once and x stays in the second-level cache.
 //
-// Gated, a tile takes 8 rows of W1 and 8 of W3 in turn (one load: W as [half / 8, 2, 8, depth]), so that one thread holds both sides
-// of the gate.
+// Gated, a tile takes 8 rows of W1 and 8 of W3 in turn (one load: W as [half / 8, 2, 8, depth]), so that one thread holds both
+// sides of the gate.
 //
 // Numbers: products exact, sums in the tensor cores' float32 (FP8: the cores' shorter sums, as cuBLAS's fast accumulation), scales
 // and gate in float32, one rounding to bfloat16. The tile follows from the sizes alone; no tile splits the depth, and all give the
@@ -105,7 +105,8 @@ __device__ __forceinline__ void produce(const Block<C>& block, const CUtensorMap
         int row_w, row_x;
         block.at(tile, row_w, row_x);
         for (int step = 0; step < block.depth_steps; ++step) {
-            const uint32_t full = block.full + 8 * stage, to_w = block.stages + stage * C::kStageBytes, to_x = to_w + C::kW * kRowBytes;
+            const uint32_t full = block.full + 8 * stage, to_w = block.stages + stage * C::kStageBytes;
+            const uint32_t to_x = to_w + C::kW * kRowBytes;
             const uint32_t half_w = C::kSharesW ? block.rank * C::kBoxW : 0, half_x = C::kSharesW ? 0 : block.rank * C::kBoxX;
             barrier_wait(block.empty + 8 * stage, parity ^ 1);  // both blocks have read what was here
             barrier_expect(full, C::kStageBytes);
@@ -155,8 +156,8 @@ __device__ __forceinline__ void consume(const Block<C>& block, const CUtensorMap
 
         int row_w, row_x;
         block.at(tile, row_w, row_x);
-        // This thread's numbers come from row 16 warp + lane / 4 of its group's 64, and from 8 below: gated, W1's and W3's row of one
-        // column of y.
+        // This thread's numbers come from row 16 warp + lane / 4 of its group's 64, and from 8 below: gated, W1's and W3's row of
+        // one column of y.
         const int column = (C::kGated ? row_w / 2 : row_w) + group * C::kColumns;
         float scales[2] = {};
         if constexpr (C::kScaled) {
@@ -187,12 +188,13 @@ __device__ __forceinline__ void consume(const Block<C>& block, const CUtensorMap
                 // 16 tokens by 8 columns of y a warp, gated, else by 16; the last may be 8 by 16.
                 float v[4], w[4];
                 scaled((begin + at) / 8, v);
-                const int token = at + (C::kGated ? lane : lane / 2 & 8 | lane % 8) % 16;
+                const int token = at + (C::kGated ? lane % 16 : lane / 16 * 8 + lane % 8);
                 const int vector = C::kGated ? warp ^ token / 2 % 4 : (warp * 2 + lane / 8 % 2) ^ token % 8;
                 const uint32_t to = chunk + token * C::kColumns * 2 + vector * 16;
                 if (C::kGated || at + 8 < C::kChunkTokens) scaled((begin + at) / 8 + 1, w);
                 if constexpr (C::kGated)
-                    store_matrices_transposed(to, pack(gate(v[0], v[2]), gate(v[1], v[3])), pack(gate(w[0], w[2]), gate(w[1], w[3])));
+                    store_matrices_transposed(to, pack(gate(v[0], v[2]), gate(v[1], v[3])),
+                                              pack(gate(w[0], w[2]), gate(w[1], w[3])));
                 else if (at + 8 < C::kChunkTokens)
                     store_matrices_transposed(to, pack(v[0], v[1]), pack(v[2], v[3]), pack(w[0], w[1]), pack(w[2], w[3]));
                 else
@@ -256,7 +258,8 @@ Encode encoder() {
 // A contiguous matrix in boxes of box_bytes by box_rows; what lies outside reads as zero. Interleaved: of the rows of its halves, 8
 // of each in turn.
 template <class T>
-cudaError_t make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_bytes, int box_rows, bool interleaved) {
+cudaError_t make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_bytes, int box_rows,
+                     bool interleaved) {
     const cuuint64_t length = columns, stride = length * sizeof(T), half = rows / 2;
     const cuuint32_t width = box_bytes / sizeof(T), steps[4] = {1, 1, 1, 1};
     const cuuint64_t plain_sizes[2] = {length, static_cast<cuuint64_t>(rows)}, plain_strides[1] = {stride};
@@ -306,36 +309,22 @@ cudaError_t launch(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
 struct Tile {
     int w, tokens;
     bool shares_w;
+    int stages, chunk_tokens;
 };
-constexpr Tile kTiles[kGemmTiles] = {{192, 176, true}, {192, 192, true}, {128, 160, true}, {128, 176, true}, {128, 192, true}, {128, 208, true}, {192, 176, false}, {128, 160, false}};
+constexpr Tile kTiles[kGemmTiles] = {{192, 176, true, 4, 88},  {192, 192, true, 4, 64}, {128, 160, true, 5, 80},
+                                     {128, 176, true, 5, 88},  {128, 192, true, 5, 64}, {128, 208, true, 4, 208},
+                                     {192, 176, false, 4, 88}, {128, 160, false, 5, 80}};
 
-template <class T, bool kGated>
+template <class T, bool kGated, int kTile = 0>
 cudaError_t launch(int tile, const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-    switch (tile) {
-        case 0:
-            return launch<Config<T, kGated, true, 192, 176, 4, 88>>(gemm, multiprocessors, stream);
-        case 1:
-            return launch<Config<T, kGated, true, 192, 192, 4, 64>>(gemm, multiprocessors, stream);
-        case 2:
-            return launch<Config<T, kGated, true, 128, 160, 5, 80>>(gemm, multiprocessors, stream);
-        case 3:
-            return launch<Config<T, kGated, true, 128, 176, 5, 88>>(gemm, multiprocessors, stream);
-        case 4:
-            return launch<Config<T, kGated, true, 128, 192, 5, 64>>(gemm, multiprocessors, stream);
-        case 5:
-            return launch<Config<T, kGated, true, 128, 208, 4, 208>>(gemm, multiprocessors, stream);
-        case 6:
-            return launch<Config<T, kGated, false, 192, 176, 4, 88>>(gemm, multiprocessors, stream);
-        case 7:
-            return launch<Config<T, kGated, false, 128, 160, 5, 80>>(gemm, multiprocessors, stream);
-        default:
-            return cudaErrorInvalidValue;
+    if constexpr (kTile == kGemmTiles) {
+        return cudaErrorInvalidValue;
+    } else {
+        if (tile != kTile) return launch<T, kGated, kTile + 1>(tile, gemm, multiprocessors, stream);
+        constexpr Tile kCut = kTiles[kTile];
+        return launch<Config<T, kGated, kCut.shares_w, kCut.w, kCut.tokens, kCut.stages, kCut.chunk_tokens>>(gemm, multiprocessors,
+                                                                                                              stream);
     }
-}
-
-template <class T>
-cudaError_t launch(int tile, const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
-    return gemm.gated ? launch<T, true>(tile, gemm, multiprocessors, stream) : launch<T, false>(tile, gemm, multiprocessors, stream);
 }
 
 }  // namespace
@@ -348,8 +337,11 @@ int gemm_sm90_tile(const Gemm& gemm, int multiprocessors) {
 }
 
 cudaError_t gemm_sm90(const Gemm& gemm, int tile, int multiprocessors, cudaStream_t stream) {
-    return gemm.x_scales ? launch<__nv_fp8_e4m3>(tile, gemm, multiprocessors, stream)
-                         : launch<__nv_bfloat16>(tile, gemm, multiprocessors, stream);
+    if (gemm.x_scales)
+        return gemm.gated ? launch<__nv_fp8_e4m3, true>(tile, gemm, multiprocessors, stream)
+                          : launch<__nv_fp8_e4m3, false>(tile, gemm, multiprocessors, stream);
+    return gemm.gated ? launch<__nv_bfloat16, true>(tile, gemm, multiprocessors, stream)
+                      : launch<__nv_bfloat16, false>(tile, gemm, multiprocessors, stream);
 }
 
 }  // namespace diffusionz::kernels

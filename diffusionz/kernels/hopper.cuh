@@ -96,8 +96,8 @@ __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarr
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// The threads where `mine` holds arrive at this barrier of the cluster's block `block`. Ordered as within a block: enough for reads by
-// the tensor cores, which are complete when they were waited for; a release to the cluster is a memory fence, and halves the
+// The threads where `mine` holds arrive at this barrier of the cluster's block `block`. Ordered as within a block: enough for reads
+// by the tensor cores, which are complete when they were waited for; a release to the cluster is a memory fence, and halves the
 // speed of a pipeline that issues one a step.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t block, bool mine) {
     asm volatile(
@@ -152,14 +152,14 @@ template <bool kToBoth>
 __device__ __forceinline__ void tma_load_interleaved(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int block) {
     if constexpr (kToBoth)
         asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %5, %5, "
-            "%4}], [%2], %6;\n" ::"r"(to),
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+            "[%1, {%3, %5, %5, %4}], [%2], %6;\n" ::"r"(to),
             "l"(map), "r"(barrier), "r"(column), "r"(block), "r"(0), "h"(static_cast<uint16_t>(3))
             : "memory");
     else
         asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %4}], [%2];\n" ::"r"(
-                to),
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+            "[%1, {%3, %5, %5, %4}], [%2];\n" ::"r"(to),
             "l"(map), "r"(barrier), "r"(column), "r"(block), "r"(0)
             : "memory");
 }
@@ -181,7 +181,8 @@ __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.
 // 8x8 matrices of 16-bit numbers from a warp's registers to the columns of shared memory; lane l gives the address of column l % 8
 // of matrix l / 8.
 __device__ __forceinline__ void store_matrices_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
                  : "memory");
 }
 __device__ __forceinline__ void store_matrices_transposed(uint32_t to, uint32_t a, uint32_t b) {

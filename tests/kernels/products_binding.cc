@@ -23,8 +23,8 @@ Activation activation_of(const Optional& plain, const Optional& fp8, const Optio
 TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
     m.def("gemm_tiles", [] { return static_cast<int64_t>(kernels::kGemmTiles); });
     // The kernel with a tile of the caller's choice; x [rows, depth].
-    m.def("gemm", [](const at::Tensor& x, const at::Tensor& weight, const Optional& x_scales, const Optional& weight_scales, bool gated,
-                     int64_t tile) {
+    m.def("gemm", [](const at::Tensor& x, const at::Tensor& weight, const Optional& x_scales, const Optional& weight_scales,
+                     bool gated, int64_t tile) {
         kernels::Gemm gemm;
         gemm.x = x.const_data_ptr();
         gemm.weight = weight.const_data_ptr();
