@@ -1,8 +1,8 @@
 """Goal: the operations of the autoencoder, and attention, compute what their formulas say, at any size.
 
 Method: the formula in float64 is the truth; the error may be twice that of PyTorch's own operations in the same
-precision. Results must repeat bit for bit in memory that held something else, and a graph's replay must give the same bits.
-The whole decoder is compared with its own reference path, float32 on the CPU.
+precision. Results must repeat bit for bit in memory that held something else, and a graph's replay must give the same
+bits. The whole decoder is compared with its own reference path, float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
 
 
 # batch, channels, height, width, groups: the decoder's, ones that vectors of 16 bytes do not tile, one pixel.
-NORMS = [(1, 512, 64, 64, 32), (1, 128, 256, 200, 32), (2, 256, 37, 21, 32), (1, 72, 33, 35, 9), (2, 66, 5, 7, 11), (3, 96, 1, 1, 8),
-         (1, 2056, 3, 3, 8)]  # fmt: skip
+NORMS = [
+    (1, 512, 64, 64, 32), (1, 128, 256, 200, 32), (2, 256, 37, 21, 32), (1, 72, 33, 35, 9), (2, 66, 5, 7, 11),
+    (3, 96, 1, 1, 8), (1, 2056, 3, 3, 8),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,23 +91,30 @@ def test_group_norm_of_more_than_two_to_the_31_numbers(ops: Any) -> None:
         assert relative_error(y[:, part], truth) < 4e-3
 
 
-# batch, in, height, width, out, kernel: the decoder's, sides that tiles of 16 do not divide, channels that tiles do not.
-CONVS = [(1, 512, 64, 64, 512, 3), (1, 128, 128, 96, 128, 3), (1, 16, 32, 32, 512, 3), (2, 256, 50, 38, 128, 3), (1, 64, 130, 90, 72, 3),
-         (1, 8, 3, 5, 8, 3), (1, 40, 17, 16, 136, 3), (1, 512, 40, 40, 256, 1), (2, 256, 33, 20, 128, 1), (1, 3, 32, 32, 128, 3),
-         (1, 128, 32, 32, 3, 3)]  # fmt: skip
+# batch, in, height, width, out, kernel: the decoder's, sides that 16 does not divide, channels that tiles do not.
+CONVS = [
+    (1, 512, 64, 64, 512, 3), (1, 128, 128, 96, 128, 3), (1, 16, 32, 32, 512, 3), (2, 256, 50, 38, 128, 3),
+    (1, 64, 130, 90, 72, 3), (1, 8, 3, 5, 8, 3), (1, 40, 17, 16, 136, 3), (1, 512, 40, 40, 256, 1),
+    (2, 256, 33, 20, 128, 1), (1, 3, 32, 32, 128, 3), (1, 128, 32, 32, 3, 3),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", CONVS)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_conv2d(ops: Any, shape: tuple[int, ...], with_residual: bool) -> None:
     batch, channels, height, width, out, kernel = shape
-    x, weight = draw(batch, channels, height, width), draw(out, channels, kernel, kernel, scale=(channels * kernel**2) ** -0.5)
+    x, weight = (
+        draw(batch, channels, height, width),
+        draw(out, channels, kernel, kernel, scale=(channels * kernel**2) ** -0.5),
+    )
     bias = draw(out)
     residual = draw(batch, out, height, width) if with_residual else None
     groups = 8 if out % 8 == 0 else 1
     norm_weight, norm_bias = draw(out), draw(out)
 
-    def reference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *norms: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *norms: Tensor
+    ) -> tuple[Tensor, Tensor]:
         y = functional.conv2d(x, weight, bias, padding=kernel // 2)
         y = y if residual is None else y + residual
         return y, norm(y, *norms, groups)
@@ -122,10 +131,16 @@ def test_conv2d(ops: Any, shape: tuple[int, ...], with_residual: bool) -> None:
 
 
 # batch, in, in of the shortcut, height, width, out.
-@pytest.mark.parametrize("shape", [(1, 128, 256, 64, 48, 128), (2, 256, 512, 19, 33, 256), (1, 64, 8, 16, 16, 72), (1, 64, 3, 16, 16, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 256, 64, 48, 128), (2, 256, 512, 19, 33, 256), (1, 64, 8, 16, 16, 72), (1, 64, 3, 16, 16, 64)]
+)
 def test_conv2d_with_shortcut(ops: Any, shape: tuple[int, ...]) -> None:
     batch, channels, shortcut_channels, height, width, out = shape
-    x, weight, bias = draw(batch, channels, height, width), draw(out, channels, 3, 3, scale=(9 * channels) ** -0.5), draw(out)
+    x, weight, bias = (
+        draw(batch, channels, height, width),
+        draw(out, channels, 3, 3, scale=(9 * channels) ** -0.5),
+        draw(out),
+    )
     shortcut_x = draw(batch, shortcut_channels, height, width)
     shortcut_weight = draw(out, shortcut_channels, 1, 1, scale=shortcut_channels**-0.5)
     inputs = (x, weight, bias, shortcut_x, shortcut_weight, draw(out + 1)[1:].clone())
@@ -178,7 +193,13 @@ def test_conv2d_of_more_than_two_to_the_31_numbers(ops: Any) -> None:
 @pytest.mark.parametrize("shape", [(1, 512, 32, 32, 512), (2, 256, 25, 19, 256), (1, 64, 3, 2, 64)])
 def test_upsample_conv2d(ops: Any, shape: tuple[int, ...]) -> None:
     batch, channels, height, width, out = shape
-    inputs = (draw(batch, channels, height, width), draw(out, channels, 3, 3, scale=(channels * 9) ** -0.5), draw(out), draw(out), draw(out))
+    inputs = (
+        draw(batch, channels, height, width),
+        draw(out, channels, 3, 3, scale=(channels * 9) ** -0.5),
+        draw(out),
+        draw(out),
+        draw(out),
+    )
 
     def reference(x: Tensor, weight: Tensor, bias: Tensor, *norms: Tensor) -> tuple[Tensor, Tensor]:
         y = functional.conv2d(functional.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
@@ -192,13 +213,28 @@ def test_upsample_conv2d(ops: Any, shape: tuple[int, ...]) -> None:
     assert_repeats(run, 50)
 
 
+# batch, channels, height, width, out: the decoder's, ones that the kernel takes, ones that it leaves to the reference.
+OUTPUTS = [
+    (1, 128, 64, 96, 3), (2, 128, 37, 21, 3), (1, 64, 1, 1, 1), (1, 32, 16, 33, 2), (1, 96, 5, 70, 3),
+    (1, 256, 16, 16, 3), (1, 128, 16, 16, 8),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 128, 64, 96, 3), (2, 128, 37, 21, 3), (1, 64, 1, 1, 1), (1, 32, 16, 33, 2), (1, 96, 5, 70, 3),
-                                   (1, 256, 16, 16, 3), (1, 128, 16, 16, 8)])  # fmt: skip
+@pytest.mark.parametrize("shape", OUTPUTS)
 def test_norm_conv2d(ops: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     batch, channels, height, width, out = shape
-    x, weight = draw(batch, channels, height, width, dtype=dtype), draw(out, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5)
-    inputs = (x, draw(channels, dtype=dtype), draw(channels + 1, dtype=dtype)[1:].clone(), weight, draw(out, dtype=dtype))
+    x, weight = (
+        draw(batch, channels, height, width, dtype=dtype),
+        draw(out, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5),
+    )
+    inputs = (
+        x,
+        draw(channels, dtype=dtype),
+        draw(channels + 1, dtype=dtype)[1:].clone(),
+        weight,
+        draw(out, dtype=dtype),
+    )
 
     def reference(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return functional.conv2d(norm(x, norm_weight, norm_bias, 32), weight, bias, padding=1)
@@ -224,9 +260,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 # batch, tokens, heads, heads of keys, width, causal: the transformer's, the text encoder's, the VAE's, odd ones.
-ATTENTIONS = [(1, 1056, 30, 30, 128, False), (2, 1057, 4, 4, 128, False), (1, 64, 32, 8, 128, True), (3, 33, 8, 2, 64, True),
-              (1, 1, 4, 4, 128, True), (1, 5, 4, 2, 256, False), (1, 1024, 1, 1, 512, False), (2, 333, 2, 1, 512, False),
-              (1, 200, 2, 2, 384, True)]  # fmt: skip
+ATTENTIONS = [
+    (1, 1056, 30, 30, 128, False), (2, 1057, 4, 4, 128, False), (1, 64, 32, 8, 128, True), (3, 33, 8, 2, 64, True),
+    (1, 1, 4, 4, 128, True), (1, 5, 4, 2, 256, False), (1, 1024, 1, 1, 512, False), (2, 333, 2, 1, 512, False),
+    (1, 200, 2, 2, 384, True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -234,7 +272,11 @@ ATTENTIONS = [(1, 1056, 30, 30, 128, False), (2, 1057, 4, 4, 128, False), (1, 64
 def test_attention(ops: Any, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
     batch, tokens, heads, kv_heads, width, causal = shape
     # Parts of one product, as the callers have them.
-    parts = draw(batch, tokens, (heads + 2 * kv_heads) * width, dtype=dtype).unflatten(-1, (-1, width)).split([heads, kv_heads, kv_heads], 2)
+    parts = (
+        draw(batch, tokens, (heads + 2 * kv_heads) * width, dtype=dtype)
+        .unflatten(-1, (-1, width))
+        .split([heads, kv_heads, kv_heads], 2)
+    )
     truth = attend(*(part.double() for part in parts), causal)
     run = lambda: ops.attention(*parts, causal)  # noqa: E731
     poison(batch * tokens * heads * width * 4)
@@ -246,12 +288,14 @@ def test_attention(ops: Any, shape: tuple[Any, ...], dtype: torch.dtype) -> None
 
 
 def random_vae(file: pathlib.Path, channels: tuple[int, ...], latents: int) -> None:
-    """The decoder of an autoencoder with these channels, from the pixels' end, in diffusers' names."""
+    """An autoencoder with these channels, from the pixels' end, in diffusers' names."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
 
     def conv(name: str, out: int, width: int, kernel: int) -> None:
-        tensors[f"{name}.weight"] = torch.randn(out, width, kernel, kernel, generator=generator) * (width * kernel**2) ** -0.5
+        tensors[f"{name}.weight"] = (
+            torch.randn(out, width, kernel, kernel, generator=generator) * (width * kernel**2) ** -0.5
+        )
         tensors[f"{name}.bias"] = torch.randn(out, generator=generator) * 0.1
 
     def norm(name: str, width: int) -> None:
@@ -266,14 +310,18 @@ def random_vae(file: pathlib.Path, channels: tuple[int, ...], latents: int) -> N
         if width != out:
             conv(f"{name}.conv_shortcut", out, width, 1)
 
+    def middle(half: str, width: int) -> None:
+        for i in range(2):
+            resnet(f"{half}.mid_block.resnets.{i}", width, width)
+        norm(f"{half}.mid_block.attentions.0.group_norm", width)
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            name = f"{half}.mid_block.attentions.0.{name}"
+            tensors[f"{name}.weight"] = torch.randn(width, width, generator=generator) * width**-0.5
+            tensors[f"{name}.bias"] = 0.1 * torch.randn(width, generator=generator)
+
     width = channels[-1]
     conv("decoder.conv_in", width, latents, 3)
-    for i in range(2):
-        resnet(f"decoder.mid_block.resnets.{i}", width, width)
-    norm("decoder.mid_block.attentions.0.group_norm", width)
-    for name in ("to_q", "to_k", "to_v", "to_out.0"):
-        tensors[f"decoder.mid_block.attentions.0.{name}.weight"] = torch.randn(width, width, generator=generator) * width**-0.5
-        tensors[f"decoder.mid_block.attentions.0.{name}.bias"] = 0.1 * torch.randn(width, generator=generator)
+    middle("decoder", width)
     for i, out in enumerate(reversed(channels)):
         for j in range(3):
             resnet(f"decoder.up_blocks.{i}.resnets.{j}", width, out)
@@ -282,6 +330,17 @@ def random_vae(file: pathlib.Path, channels: tuple[int, ...], latents: int) -> N
             conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", width, width, 3)
     norm("decoder.conv_norm_out", width)
     conv("decoder.conv_out", 3, width, 3)
+
+    conv("encoder.conv_in", width, 3, 3)
+    for i, out in enumerate(channels):
+        for j in range(2):
+            resnet(f"encoder.down_blocks.{i}.resnets.{j}", width, out)
+            width = out
+        if i + 1 < len(channels):
+            conv(f"encoder.down_blocks.{i}.downsamplers.0.conv", width, width, 3)
+    middle("encoder", width)
+    norm("encoder.conv_norm_out", width)
+    conv("encoder.conv_out", 2 * latents, width, 3)
     save_file(tensors, file)
 
 
@@ -299,8 +358,26 @@ def test_the_decoder_gives_the_picture_of_the_reference_path(
     # bfloat16 carries 8 bits through some thirty layers.
     for dtype, limit in [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)]:
         with torch.backends.cudnn.flags(allow_tf32=False):
-            assert relative_error(ops.vae_decode(str(file), latents.cuda(), dtype, False).cpu(), reference.double()) < limit
+            assert (
+                relative_error(ops.vae_decode(str(file), latents.cuda(), dtype, False).cpu(), reference.double())
+                < limit
+            )
     ours = ops.vae_decode(str(file), latents.cuda(), torch.bfloat16, True).cpu()
     expected = ops.vae_decode(str(file), latents, torch.float32, True)
-    assert ours.shape == expected.shape == (batch, height * 2 ** (len(channels) - 1), width * 2 ** (len(channels) - 1), 3)
+    assert (
+        ours.shape == expected.shape == (batch, height * 2 ** (len(channels) - 1), width * 2 ** (len(channels) - 1), 3)
+    )
     assert (ours.double() - expected.double()).abs().mean() < 2.5
+
+
+def test_the_encoder_gives_the_latents_of_the_reference_path(ops: Any, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "vae.safetensors"
+    random_vae(file, (128, 128, 256, 512), 16)
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (72, 104, 3), dtype=torch.uint8, generator=generator)
+    noise = torch.randn(1, 16, 9, 13, generator=generator)
+    reference = ops.vae_encode(str(file), pixels, noise, torch.float32).double()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for dtype, limit in [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)]:
+            ours = ops.vae_encode(str(file), pixels.cuda(), noise.cuda(), dtype)
+            assert relative_error(ours.cpu(), reference) < limit

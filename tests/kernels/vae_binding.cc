@@ -58,10 +58,13 @@ TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
                             const at::Tensor& weight, const at::Tensor& bias, bool pixels) {
         return norm_conv2d(x, norm_weight, norm_bias, groups, eps, {}, Conv2d(weight, bias, 1, 1), pixels);
     });
-    // The whole decoder of a file of weights: unscaled latents to [batch, 3, height, width], or scaled ones to pixels.
+    // The two halves of a file of weights. Decoder: unscaled latents to [batch, 3, height, width], or scaled ones to pixels.
     m.def("vae_decode", [](const std::string& file, const at::Tensor& latents, at::ScalarType dtype, bool pixels) {
         const Vae& vae = vae_of(file, Placement{latents.device(), dtype});
         return pixels ? vae.decode_on_device(latents) : vae.decode_raw(latents);
+    });
+    m.def("vae_encode", [](const std::string& file, const at::Tensor& pixels, const at::Tensor& noise, at::ScalarType dtype) {
+        return vae_of(file, Placement{noise.device(), dtype}).encode(pixels, noise);
     });
     m.def("attention", [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) { return attention(q, k, v, causal); });
 }
