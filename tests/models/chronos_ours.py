@@ -111,6 +111,8 @@ class Engine:
 
     FLOAT32: int = lib.DIFFUSIONZ_PRECISION_FLOAT32
     BFLOAT16: int = lib.DIFFUSIONZ_PRECISION_BFLOAT16
+    FLOAT16: int = lib.DIFFUSIONZ_PRECISION_FLOAT16
+    TF32: int = lib.DIFFUSIONZ_PRECISION_TF32
 
     def __init__(self, folder: pathlib.Path | str, **options: Any) -> None:
         native, out = ffi.new("ChronosInitOptions *"), ffi.new("ChronosContext **")
