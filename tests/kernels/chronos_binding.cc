@@ -32,8 +32,9 @@ TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
         }
         return segment_attention(q, k, v, heads, list, like.scalar_type());
     });
-    m.def("residual_norm",
-          [](const at::Tensor& x, double eps, const at::Tensor& like) { return residual_norm(x, eps, like.scalar_type()); });
+    m.def("residual_norm", [](at::Tensor x, const Optional& a, const Optional& b, bool keep, double eps, const at::Tensor& like) {
+        return residual_norm(x, tensor_of(a), tensor_of(b), keep, eps, like.scalar_type());
+    });
     m.def("series_tokens", [](const at::Tensor& context, const at::Tensor& future, int64_t patch, bool register_token,
                               bool arcsinh, double time_encoding_scale, const at::Tensor& like) {
         const SeriesTokens tokens =

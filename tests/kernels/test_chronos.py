@@ -128,29 +128,35 @@ def test_segment_attention(ops, dtype):
 # --- Norm -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("added", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize(
     "shape", [(22400, 768), (50, 768), (1, 4), (3, 16), (7, 1024), (5, 1028), (2, 6144), (33, 500)]
 )
-def test_residual_norm(ops, shape, dtype):
+def test_residual_norm(ops, shape, dtype, added):
     x = 30 * draw(*shape)
-    poison(x.nbytes)
-    reference = functional.rms_norm(x, shape[1:], eps=EPS).to(dtype)
-    assert_as_exact(
-        ops.residual_norm(x, EPS, like(dtype)), reference, functional.rms_norm(x.double(), shape[1:], eps=EPS)
-    )
+    more = [draw(*shape, dtype=dtype, seed=i) for i in range(1, added + 1)]
+    pair = [*more, None, None][:2]
+    total = sum(more, x)
+    truth = functional.rms_norm(sum((one.double() for one in more), x.double()), shape[1:], eps=EPS)
+    reference = functional.rms_norm(total, shape[1:], eps=EPS).to(dtype)
+    for keep in (False, True):
+        poison(x.nbytes)
+        own = x.clone()
+        assert_as_exact(ops.residual_norm(own, *pair, keep, EPS, like(dtype)), reference, truth)
+        assert torch.equal(own, total if keep else x)
 
 
 def test_residual_norm_of_rows_that_lie_apart_and_beyond_two_to_the_31(ops):
+    def norm(x: Tensor) -> Tensor:
+        return ops.residual_norm(x, None, None, False, EPS, like(torch.float16))
+
     x = draw(64, 3 * 768)[:, 768:1536]
-    assert torch.equal(
-        ops.residual_norm(x, EPS, like(torch.float16)), ops.residual_norm(x.contiguous(), EPS, like(torch.float16))
-    )
-    assert_repeats(lambda: ops.residual_norm(x, EPS, like(torch.float16)))
+    assert torch.equal(norm(x), norm(x.contiguous()))
+    assert_repeats(lambda: norm(x))
     large = torch.empty(2**31 // 768 + 5, 768, device="cuda").fill_(3.0)
     large[-3:] = draw(3, 768)
-    result = ops.residual_norm(large, EPS, like(torch.float16))
-    assert torch.equal(result[-3:], ops.residual_norm(large[-3:].clone(), EPS, like(torch.float16)))
+    assert torch.equal(norm(large)[-3:], norm(large[-3:].clone()))
 
 
 # --- Products of few rows -------------------------------------------------------------------------------------------

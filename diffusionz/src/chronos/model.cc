@@ -251,12 +251,14 @@ at::Tensor last_tokens(const at::Tensor& x, int64_t rows, int64_t count) {
 
 at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const {
     const int64_t inner = config_.inner();
-    const auto norm = [&](const at::Tensor& x) { return residual_norm(x, config_.norm_epsilon, placement_.dtype); };
+    const auto norm = [&](const at::Tensor& x, const at::Tensor& a, const at::Tensor& b) {
+        return residual_norm(x, a, b, /*keep=*/b.defined(), config_.norm_epsilon, placement_.dtype);
+    };
     at::Tensor x = float_product(tokens.features, embed_residual_);
     add_product(x, relu_product(tokens.features, embed_hidden_, no_bias_), embed_output_);
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer& layer = layers_[i];
-        const at::Tensor normed = norm(x);
+        const at::Tensor normed = norm(x, {}, {});
         at::Tensor q, k, v;  // [rows, tokens, inner]
         if (i + 1 < layers_.size()) {
             const auto parts = at::mm(normed, layer.time_qkv.t()).unflatten(0, {rows, -1}).chunk(3, 2);
@@ -270,9 +272,10 @@ at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t 
             x = last_tokens(x, rows, output_patches).reshape({-1, config_.d_model});
         }
         const at::Tensor mixed = row_attention(q, k, v, config_.heads, tokens.valid, cos_, sin_).reshape({-1, inner});
-        add_product(x, mixed, layer.time.o.weight());
-        add_product(x, norm(x), layer.group_alone.weight());
-        add_product(x, relu_product(norm(x), layer.wi.weight(), no_bias_), layer.wo.weight());
+        // Two sums that are read once each before the stream is written again.
+        const at::Tensor over_time = at::mm(mixed, layer.time.o.weight().t());
+        const at::Tensor over_group = at::mm(norm(x, over_time, {}), layer.group_alone.weight().t());
+        add_product(x, relu_product(norm(x, over_time, over_group), layer.wi.weight(), no_bias_), layer.wo.weight());
     }
     return x;
 }

@@ -95,13 +95,12 @@ RowPass::Shape& RowPass::shape(int64_t rows, int64_t context_patches, int64_t ou
     if (shapes_.size() == kShapesMax) shapes_.pop_back();
     const auto options = at::TensorOptions().dtype(at::kFloat).device(model_->placement().device);
     const int64_t patch = model_->config().patch;
-    shapes_.push_front({rows,
-                        context_patches,
-                        output_patches,
-                        at::empty({rows, context_patches * patch}, options),
-                        at::empty({rows, output_patches * patch}, options),
-                        {},
-                        {}});
+    const at::Tensor values = at::empty({rows * (context_patches + output_patches) * patch}, options);
+    const auto part = [&](int64_t begin, int64_t patches) {
+        return values.narrow(0, rows * begin * patch, rows * patches * patch).view({rows, patches * patch});
+    };
+    shapes_.push_front(
+        {rows, context_patches, output_patches, values, part(0, context_patches), part(context_patches, output_patches), {}, {}});
     return shapes_.front();
 }
 
@@ -126,21 +125,19 @@ void RowPass::submit(const std::vector<Row>& rows, int64_t output_patches) {
     Shape& shape = this->shape(count, context_patches, output_patches);
     Slot& slot = slots_[static_cast<size_t>(sent_ % std::ssize(slots_))];
     const bool pinned = model_->placement().device.is_cuda();
-    const at::Tensor context = reserve(slot.context, shape.context.numel(), pinned),
-                     future = reserve(slot.future, shape.future.numel(), pinned);
+    const at::Tensor values = reserve(slot.values, shape.values.numel(), pinned);
     const int64_t steps = context_patches * patch, horizon = output_patches * patch;
-    float *context_values = context.mutable_data_ptr<float>(), *future_values = future.mutable_data_ptr<float>();
+    float *context = values.mutable_data_ptr<float>(), *future = context + count * steps;
     at::parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const Row row = i < std::ssize(rows) ? rows[static_cast<size_t>(i)] : Row{nullptr, 0, nullptr, 0};
-            float* out = std::fill_n(context_values + i * steps, steps - row.context_length, NAN);
+            float* out = std::fill_n(context + i * steps, steps - row.context_length, NAN);
             std::copy_n(row.context, row.context_length, out);
             const int64_t known = row.future ? std::min(row.future_length, horizon) : 0;
-            std::fill_n(std::copy_n(row.future, known, future_values + i * horizon), horizon - known, NAN);
+            std::fill_n(std::copy_n(row.future, known, future + i * horizon), horizon - known, NAN);
         }
     });
-    transfer(shape.context, context);
-    transfer(shape.future, future);
+    transfer(shape.values, values);
     const at::Tensor& quantiles = compute(shape);
     transfer(reserve(slot.quantiles, quantiles.numel(), pinned), quantiles.flatten());
 #ifdef DIFFUSIONZ_WITH_CUDA

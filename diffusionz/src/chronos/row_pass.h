@@ -36,13 +36,15 @@ public:
 private:
     // The host's side of a pass.
     struct Slot {
-        at::Tensor context, future, quantiles;  // flat, as long as was needed so far
-        void* done = nullptr;                   // an event
+        at::Tensor values, quantiles;  // flat, as long as was needed so far
+        void* done = nullptr;          // an event
     };
     // The device's side of passes of one shape.
     struct Shape {
         int64_t rows, context_patches, output_patches;
-        at::Tensor context, future, quantiles;
+        at::Tensor values;           // flat: context, then future
+        at::Tensor context, future;  // views of it
+        at::Tensor quantiles;
         CudaGraph graph;
     };
     Shape& shape(int64_t rows, int64_t context_patches, int64_t output_patches);
