@@ -94,7 +94,8 @@ at::Tensor Linear::own_product(const Activation& x, bool gated) const {
         gemm.weight_scales = row_scales_.const_data_ptr<float>();
     }
     const int tile = kernels::gemm_sm90_tile(gemm, multiprocessors_);
-    if (tile < 0 || factor.scalar_type() != weight_.scalar_type()) return {};
+    const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+    if (tile < 0 || factor.scalar_type() != weight_.scalar_type() || !aligned(gemm.x) || !aligned(gemm.weight)) return {};
     auto shape = factor.sizes().vec();
     shape.back() = gated ? out_features_ / 2 : out_features_;
     at::Tensor y = at::empty(shape, factor.options().dtype(dtype_));
