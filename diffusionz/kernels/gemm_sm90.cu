@@ -22,6 +22,7 @@
 #include <algorithm>
 
 #include "kernels/hopper.cuh"
+#include "kernels/launch.cuh"
 
 namespace diffusionz::kernels {
 namespace {
@@ -227,6 +228,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         barrier_init_fence();
     }
     cluster_sync();
+    wait_for_the_kernel_before();
+    start_the_kernel_after();
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // a warp's, as the compiler can then tell
     if (group == C::kGroups) {
         registers_down<C::kProducerRegisters>();
@@ -292,16 +295,18 @@ cudaError_t launch(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
         error = cudaFuncSetAttribute(gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
     if (error != cudaSuccess) return error;
 
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {kCluster, 1, 1};
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {kCluster, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = multiprocessors / kCluster * kCluster;
     config.blockDim = C::kThreads;
     config.dynamicSmemBytes = C::kSharedBytes;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
     error = cudaLaunchKernelEx(&config, gemm_kernel<C>, w, x, y, sizes);
     return error != cudaSuccess ? error : cudaGetLastError();
 }
