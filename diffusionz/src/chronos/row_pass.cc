@@ -2,10 +2,12 @@
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "core/device.h"
 #include "core/error.h"
 #include "ops/disabled.h"
 
@@ -107,10 +109,18 @@ RowPass::Shape& RowPass::shape(int64_t rows, int64_t context_patches, int64_t ou
 // A shape's first pass runs as it is written: libraries allocate at their first call, and what comes once is not worth a graph.
 const at::Tensor& RowPass::compute(Shape& shape) {
     const auto work = [&] { shape.quantiles = model_->forecast_rows(shape.context, shape.future); };
+    if (!shape.graph.captured() && graphs_ && shape.quantiles.defined() && !shape.too_large) {
+        // LibTorch refuses a pool whose last graph is gone.
+        if (std::none_of(shapes_.begin(), shapes_.end(), [](const Shape& other) { return other.graph.captured(); }))
+            pool_ = GraphPool();
+        try {
+            shape.graph.capture(model_->placement().device, work, &pool_);
+        } catch (const c10::OutOfMemoryError&) {
+            shape.too_large = true;
+            release_kept_memory();
+        }
+    }
     if (shape.graph.captured()) {
-        shape.graph.replay();
-    } else if (graphs_ && shape.quantiles.defined()) {
-        shape.graph.capture(model_->placement().device, work, &pool_);
         shape.graph.replay();
     } else {
         work();

@@ -46,6 +46,7 @@ private:
         at::Tensor context, future;  // views of it
         at::Tensor quantiles;
         CudaGraph graph;
+        bool too_large = false;  // there was no memory to record it in
     };
     Shape& shape(int64_t rows, int64_t context_patches, int64_t output_patches);
     const at::Tensor& compute(Shape& shape);
