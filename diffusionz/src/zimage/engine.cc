@@ -120,10 +120,15 @@ Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
     task.check();
     const Sampler::Lora lora = lora_of(request);
     const Sampler::Guidance guidance{request.guidance_scale, request.cfg_normalization, decimal(request.cfg_truncation)};
-    Sampler::Captions captions{caption(request.prompt, lora.pairs), {}};
-    if (guidance.scale > 0) captions.negative = caption(request.negative_prompt ? request.negative_prompt : "", lora.pairs);
+    const at::Tensor positive = features(request.prompt);
+    const at::Tensor negative =
+        guidance.scale > 0 ? features(request.negative_prompt ? request.negative_prompt : "") : at::Tensor();
+    // The noise is drawn on the host while the device encodes the text.
     std::vector<float> sigmas = sigmas_of(*model_, request);
     at::Tensor latents = start(request, sigmas);
+    const Transformer& transformer = model_->transformer();
+    Sampler::Captions captions{transformer.refine_caption(positive, lora.pairs), {}};
+    if (negative.defined()) captions.negative = transformer.refine_caption(negative, lora.pairs);
     task.enter(DIFFUSIONZ_STAGE_DENOISE);
     std::vector<float> times;
     for (size_t i = 0; i + 1 < sigmas.size(); ++i) times.push_back(time_of_sigma(model_->scheduler(), sigmas[i]));
@@ -139,11 +144,8 @@ Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
     return {to_host(pixels, stream_).squeeze(0)};
 }
 
-at::Tensor Engine::caption(const char* prompt, const LoraPairs* lora) {
-    return model_->transformer().refine_caption(features(model_->tokenizer().encode(chat_form(prompt), kPromptTokensMax)), lora);
-}
-
-at::Tensor Engine::features(const std::vector<int32_t>& ids) {
+at::Tensor Engine::features(const char* prompt) {
+    const std::vector<int32_t> ids = model_->tokenizer().encode(chat_form(prompt), kPromptTokensMax);
     const auto known = std::find_if(features_.begin(), features_.end(), [&](const auto& entry) { return entry.first == ids; });
     if (known != features_.end()) {
         features_.splice(features_.begin(), features_, known);

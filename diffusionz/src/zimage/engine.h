@@ -62,9 +62,8 @@ private:
         bool operator==(const LoadedLora&) const = default;
     };
 
-    at::Tensor caption(const char* prompt, const LoraPairs* lora);
     // The text encoder's features of a prompt [tokens, hidden_size].
-    at::Tensor features(const std::vector<int32_t>& ids);
+    at::Tensor features(const char* prompt);
     // Noise, or the request's image with noise, and the sigmas left to run.
     at::Tensor start(const DiffusionZRequest& request, std::vector<float>& sigmas) const;
     // The adapters of a request, valid until the next call of it.
