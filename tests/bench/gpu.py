@@ -423,12 +423,11 @@ def keep(args: argparse.Namespace) -> None:
                 rows.append(Row(f"ablation: {work}", THIN, precision, "ms", row["with"], None, row["without"], name))
         elif found["kind"] == "accuracy":
             truth = found["rows"][0]
-            for row in found["rows"]:
+            for row in found["rows"][1:]:
                 for metric in ("mase", "wql"):
-                    rows.append(
-                        Row(f"{metric.upper()} of seasonal naive's, demo model", f"{row['windows']} windows",
-                            row["precision"], "of naive's", [row[metric]], None, [truth[metric]], "float32")
-                    )  # fmt: skip
+                    change = 100 * abs(row[metric] / truth[metric] - 1)
+                    work, size = f"{metric.upper()} off float32's, demo model", f"{row['windows']} windows"
+                    rows.append(Row(work, size, row["precision"], "%", [change], 0.1))
         elif found["kind"] == "quality":
             for row in found["rows"]:
                 for metric, unit in (("off_mean", "/255"), ("ssim_mean", "SSIM"), ("psnr_mean", "dB")):

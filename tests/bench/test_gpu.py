@@ -83,7 +83,9 @@ def test_rows_are_kept_and_plotted(tmp_path, monkeypatch, capsys):
         },
         {
             "kind": "accuracy",
-            "rows": [{"precision": p, "mase": 0.7, "wql": 0.6, "windows": 9} for p in ("float32", "tf32")],
+            "rows": [
+                {"precision": p, "mase": 0.7 + len(p) / 1e3, "wql": 0.6, "windows": 9} for p in ("float32", "tf32")
+            ],
         },
         {"kind": "profile", "rows": [dict.fromkeys(gpu.PROFILE_COLUMNS[4:], "1")]},
     ]
@@ -97,7 +99,10 @@ def test_rows_are_kept_and_plotted(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     with (tmp_path / "nvidia-test.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * (2 + 1 + 4) and {row["commit"] for row in rows} == {"abc"}
+    assert len(rows) == 2 * (2 + 1 + 2) and {row["commit"] for row in rows} == {"abc"}
+    mase, wql = rows[-2:]
+    assert float(mase["ours_p50"]) == pytest.approx(100 * 0.003 / 0.707, rel=1e-3) and mase["goal"] == "0.1 %"
+    assert float(wql["ours_p50"]) == 0
     assert rows[2]["ratio"] == "0.500" and "without gemm" in rows[2]["work"]
     with (tmp_path / "nvidia-test-profile.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 1  # the last replaces the one before
