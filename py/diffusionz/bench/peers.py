@@ -120,11 +120,11 @@ def zimage(folder: str, scratch: str, eager: bool) -> None:
         ).images[0]
         return (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
-    def measure(name: str, runs: int = 5) -> None:
+    def measure(name: str) -> None:
         name = f"diffusers {diffusers.__version__}, {name}"
         options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         for side in (1024, 512):
-            say(work="picture", size=side, name=name, values=wall_ms(partial(picture, side=side), runs, 2))
+            say(work="picture", size=side, name=name, values=wall_ms(partial(picture, side=side), 5, 2))
             latents = torch.randn(16, 1, side // 8, side // 8, **options)
             caption = torch.randn(tokens, pipe.text_encoder.config.hidden_size, **options)
             at = torch.tensor([0.5]).cuda()
@@ -138,8 +138,8 @@ def zimage(folder: str, scratch: str, eager: bool) -> None:
 
     with torch.inference_mode():
         numpy.save(os.path.join(scratch, "picture.npy"), picture(None, 512))
-        measure("eager", runs=1)
         if eager:
+            measure("eager")
             return
         eager_decode = pipe.vae.decode
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
