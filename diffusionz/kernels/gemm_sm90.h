@@ -18,7 +18,7 @@ struct Gemm {
     bool gated = false;
 };
 
-constexpr int kGemmTiles = 8;  // ways to cut y into tiles
+constexpr int kGemmTiles = 4;  // ways to cut y into tiles
 
 // The tile that is fastest for these sizes, or -1 where the library's product is.
 int gemm_sm90_tile(const Gemm& gemm, int multiprocessors);

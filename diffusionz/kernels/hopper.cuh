@@ -28,7 +28,6 @@ struct Wgmma;
     "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define DIFFUSIONZ_REGISTERS_88 DIFFUSIONZ_REGISTERS_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define DIFFUSIONZ_REGISTERS_96 DIFFUSIONZ_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define DIFFUSIONZ_REGISTERS_104 DIFFUSIONZ_REGISTERS_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
 #define DIFFUSIONZ_OPERANDS_8(i)                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define DIFFUSIONZ_OPERANDS_80                                                                                         \
@@ -37,7 +36,6 @@ struct Wgmma;
         DIFFUSIONZ_OPERANDS_8(64), DIFFUSIONZ_OPERANDS_8(72)
 #define DIFFUSIONZ_OPERANDS_88 DIFFUSIONZ_OPERANDS_80, DIFFUSIONZ_OPERANDS_8(80)
 #define DIFFUSIONZ_OPERANDS_96 DIFFUSIONZ_OPERANDS_88, DIFFUSIONZ_OPERANDS_8(88)
-#define DIFFUSIONZ_OPERANDS_104 DIFFUSIONZ_OPERANDS_96, DIFFUSIONZ_OPERANDS_8(96)
 
 // `count` numbers of d; a, b, p: the operands behind them. Only 16-bit factors say how they lie.
 #define DIFFUSIONZ_WGMMA(T, N, count, types, a, b, p, majors)                                                         \
@@ -53,19 +51,15 @@ struct Wgmma;
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 160, 80, "k16.f32.bf16.bf16", "%80", "%81", "%82", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 176, 88, "k16.f32.bf16.bf16", "%88", "%89", "%90", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 192, 96, "k16.f32.bf16.bf16", "%96", "%97", "%98", ", 0, 0");
-DIFFUSIONZ_WGMMA(__nv_bfloat16, 208, 104, "k16.f32.bf16.bf16", "%104", "%105", "%106", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 160, 80, "k32.f32.e4m3.e4m3", "%80", "%81", "%82", "");
 DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 176, 88, "k32.f32.e4m3.e4m3", "%88", "%89", "%90", "");
 DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 192, 96, "k32.f32.e4m3.e4m3", "%96", "%97", "%98", "");
-DIFFUSIONZ_WGMMA(__nv_fp8_e4m3, 208, 104, "k32.f32.e4m3.e4m3", "%104", "%105", "%106", "");
 
 #undef DIFFUSIONZ_WGMMA
-#undef DIFFUSIONZ_OPERANDS_104
 #undef DIFFUSIONZ_OPERANDS_96
 #undef DIFFUSIONZ_OPERANDS_88
 #undef DIFFUSIONZ_OPERANDS_80
 #undef DIFFUSIONZ_OPERANDS_8
-#undef DIFFUSIONZ_REGISTERS_104
 #undef DIFFUSIONZ_REGISTERS_96
 #undef DIFFUSIONZ_REGISTERS_88
 #undef DIFFUSIONZ_REGISTERS_80
