@@ -7,7 +7,6 @@
 // second product, their sum not. A masked key has the score -1e30: where every key is masked the result is finite, and means
 // nothing. Limits: heads of 64, segments of less than 2^31 tokens. Reference: ops/segment_attention.cc.
 
-#include "kernels/launch.cuh"
 #include "kernels/mma.cuh"
 #include "kernels/segment_attention.h"
 #include "kernels/vector.cuh"
@@ -81,8 +80,6 @@ __global__ void __launch_bounds__(kThreads, 4) attention_kernel(SegmentAttention
     const uint8_t* valid = p.valid ? p.valid + static_cast<int64_t>(blockIdx.z) * p.key_count : nullptr;
     const int first_query = blockIdx.x * kBlock, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (first_query >= segment.query_count) return;
-    start_the_kernel_after();
-    wait_for_the_kernel_before();
     const T *q = static_cast<const T*>(p.q) + q_begin + head * kHead, *k = static_cast<const T*>(p.k) + kv_begin + head * kHead,
             *v = static_cast<const T*>(p.v) + kv_begin + head * kHead;
     const int64_t q_step = p.q_stride * segment.stride, kv_step = p.kv_stride * segment.stride;
@@ -193,7 +190,8 @@ __global__ void __launch_bounds__(kThreads, 4) attention_kernel(SegmentAttention
 template <class T>
 cudaError_t run(const SegmentAttentionArguments& p, cudaStream_t stream) {
     const dim3 grid((p.query_count + kBlock - 1) / kBlock, p.heads, p.segment_count);
-    return launch(attention_kernel<T>, grid, kThreads, 0, stream, p.overlapped, p);
+    attention_kernel<T><<<grid, kThreads, 0, stream>>>(p);
+    return cudaGetLastError();
 }
 
 }  // namespace

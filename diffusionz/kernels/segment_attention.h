@@ -24,7 +24,6 @@ struct SegmentAttentionArguments {
     const uint8_t* valid;            // by key token, 0: no query attends to it; null: all do. Not with a table.
     // float32 [positions, 32], or null for no rotation: the i-th key of a segment stands at position i, the queries at its end.
     const float *cos, *sin;
-    bool overlapped;  // starts while the kernel before it ends (programmatic dependent launch)
 };
 
 cudaError_t segment_attention(const SegmentAttentionArguments& arguments, cudaStream_t stream);

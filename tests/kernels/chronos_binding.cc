@@ -1,7 +1,6 @@
 // torch.ops.diffusionz: the operations that a pass of Chronos-2 consists of.
 #include <torch/library.h>
 
-#include "ops/few_rows_linear.h"
 #include "ops/residual_norm.h"
 #include "ops/row_attention.h"
 #include "ops/segment_attention.h"
@@ -12,11 +11,8 @@ namespace diffusionz {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
-using Parts = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 at::Tensor tensor_of(const Optional& x) { return x.value_or(at::Tensor()); }
-
-Parts parts_of(const Stream& stream) { return {stream.values, stream.squares, stream.rows}; }
 
 TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
     m.def("row_attention",
@@ -47,22 +43,6 @@ TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
           });
     m.def("series_quantiles", [](const at::Tensor& z, const at::Tensor& loc, const at::Tensor& scale, bool arcsinh) {
         return series_quantiles(z, loc, scale, arcsinh);
-    });
-    m.def("few_rows_linear_fits", [](const at::Tensor& weight) { return few_rows_linear_fits(weight); });
-    m.def("few_rows_linear",
-          [](const at::Tensor& x, const at::Tensor& weight, bool relu) { return few_rows_linear(x, weight, relu); });
-    // A stream is four tensors here: values, squares, rows, and the squares before the last sum or none.
-    m.def("few_rows_linear_of_stream", [](const at::Tensor& values, const at::Tensor& squares, const at::Tensor& rows,
-                                          const Optional& row_squares, double eps, const at::Tensor& weight, bool relu) {
-        return few_rows_linear({values, squares, rows, tensor_of(row_squares)}, eps, weight, relu);
-    });
-    m.def("few_rows_add",
-          [](const Optional& values, const Optional& squares, double eps, const at::Tensor& x, const at::Tensor& weight) {
-              return parts_of(few_rows_add({tensor_of(values), tensor_of(squares), {}, {}}, eps, x, weight));
-          });
-    m.def("few_rows_add_own", [](const at::Tensor& values, const at::Tensor& squares, const at::Tensor& rows,
-                                 const Optional& row_squares, double eps, const at::Tensor& weight) {
-        return parts_of(few_rows_add_own({values, squares, rows, tensor_of(row_squares)}, eps, weight));
     });
 }
 

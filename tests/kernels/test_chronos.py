@@ -6,7 +6,6 @@ precision. Memory is poisoned before, results must repeat bit for bit, and a row
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -157,87 +156,6 @@ def test_residual_norm_of_rows_that_lie_apart_and_beyond_two_to_the_31(ops):
     large = torch.empty(2**31 // 768 + 5, 768, device="cuda").fill_(3.0)
     large[-3:] = draw(3, 768)
     assert torch.equal(norm(large)[-3:], norm(large[-3:].clone()))
-
-
-# --- Products of few rows -------------------------------------------------------------------------------------------
-
-SIZES = [(768, 2304), (768, 768), (768, 3072), (3072, 768), (160, 3072), (160, 768), (64, 16), (128, 2048)]
-
-
-def squares(x: Tensor) -> Tensor:
-    return x.unflatten(1, (-1, 16)).square().sum(-1)
-
-
-def fitting(ops, weight: Tensor) -> Tensor:
-    if not ops.few_rows_linear_fits(weight):
-        pytest.skip("this device has no clusters of blocks")
-    return weight
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [50, 1, 64, 65, 200])
-@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_few_rows_linear(ops, rows, inputs, outputs, dtype):
-    weight = fitting(ops, draw(outputs, inputs, dtype=dtype) / math.sqrt(inputs))
-    x = draw(rows, inputs, dtype=dtype, seed=1)
-    exact = x.double() @ weight.double().T
-    for relu in (False, True):
-        poison(rows * outputs * 2)
-        reference, truth = x @ weight.T, exact
-        if relu:
-            reference, truth = reference.relu(), exact.relu()
-        result = ops.few_rows_linear(x, weight, relu)
-        assert_as_exact(result, reference, truth)
-        assert torch.equal(result[-1:], ops.few_rows_linear(x[-1:], weight, relu))
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [50, 1, 130])
-@pytest.mark.parametrize(("inputs", "outputs"), [(768, 768), (3072, 768), (160, 768), (64, 64)])
-def test_few_rows_add(ops, rows, inputs, outputs, dtype):
-    weight = fitting(ops, draw(outputs, inputs, dtype=dtype) / math.sqrt(inputs))
-    x, stream = draw(rows, inputs, dtype=dtype, seed=1), 20 * draw(rows, outputs, seed=2)
-    product = x.double() @ weight.double().T
-    poison(rows * outputs * 4)
-    values, sums, out = ops.few_rows_add(stream, squares(stream), EPS, x, weight)
-    assert_as_exact(values, torch.addmm(stream, x, weight.T, out_dtype=torch.float32), stream.double() + product)
-    torch.testing.assert_close(sums, squares(values))
-    factor = (stream.double().square().mean(1, keepdim=True) + EPS).rsqrt()
-    assert_as_exact(out, (values * factor.float()).to(dtype), values.double() * factor)
-    # Without a stream there is nothing to add to, nor to norm by.
-    alone, sums, out = ops.few_rows_add(None, None, EPS, x, weight)
-    assert_as_exact(alone, torch.mm(x, weight.T, out_dtype=torch.float32), product)
-    assert torch.equal(out, alone.to(dtype))
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-def test_few_rows_of_a_normalised_stream(ops, dtype):
-    """The stream comes in 16 bits, scaled by what it was before: that must not be seen."""
-    weight = fitting(ops, draw(2304, 768, dtype=dtype) / math.sqrt(768))
-    square = draw(768, 768, dtype=dtype, seed=1) / math.sqrt(768)
-    for size in (1e-3, 1.0, 1e6):
-        before = size * draw(50, 768, seed=2)
-        stream = before + size * draw(50, 768, seed=3)
-        rows = (stream * (before.square().mean(1, keepdim=True) + EPS).rsqrt()).to(dtype)
-        parts = (stream, squares(stream), rows, squares(before), EPS)
-        normed = functional.rms_norm(stream.double(), (768,), eps=EPS)
-        reference = functional.rms_norm(stream, (768,), eps=EPS).to(dtype)
-        assert_as_exact(
-            ops.few_rows_linear_of_stream(*parts, weight, False), reference @ weight.T, normed @ weight.double().T
-        )
-        assert_as_exact(
-            ops.few_rows_add_own(*parts, square)[0].to(dtype),
-            (stream + (reference @ square.T).float()).to(dtype),
-            stream.double() + normed @ square.double().T,
-        )
-        assert_repeats(lambda given=parts: ops.few_rows_add_own(*given, square), times=70)
-
-
-def test_few_rows_repeat(ops):
-    for inputs, outputs in SIZES:
-        weight = fitting(ops, draw(outputs, inputs, dtype=torch.float16))
-        x = draw(50, inputs, dtype=torch.float16)
-        assert_repeats(lambda given=(x, weight): ops.few_rows_linear(*given, False))
 
 
 # --- From values to features, and from outputs to quantiles ---------------------------------------------------------

@@ -81,9 +81,7 @@ def test_precisions_lose_what_they_have_to(model, precision):
         assert 0 < lost <= PRECISIONS[precision], name
 
 
-@pytest.mark.parametrize(
-    "kernel", ["row_attention", "residual_norm", "few_rows_linear", "series_tokens", "series_quantiles"]
-)
+@pytest.mark.parametrize("kernel", ["row_attention", "residual_norm", "series_tokens", "series_quantiles"])
 def test_a_kernel_left_out_changes_rounding_alone(model, kernel, monkeypatch):
     whole = {name: engine(model).forecast(request).quantiles for name, request in requests(model).items()}
     monkeypatch.setenv("DIFFUSIONZ_DISABLE_KERNELS", kernel)

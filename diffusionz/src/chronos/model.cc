@@ -6,7 +6,6 @@
 #include "core/error.h"
 #include "core/model_cache.h"
 #include "ops/disabled.h"
-#include "ops/few_rows_linear.h"
 #include "ops/residual_norm.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
@@ -15,9 +14,6 @@
 
 namespace diffusionz::chronos {
 namespace {
-
-// Up to here the weights' way from memory is what takes time.
-constexpr int64_t kFewTokens = 128;
 
 std::string layer_name(size_t layer, int sublayer) { return concat("encoder.block.", layer, ".layer.", sublayer, "."); }
 
@@ -114,14 +110,6 @@ void Model::prepare_rows() {
     embed_output_ = place(get("output_layer.weight", {width, config_.d_ff}));
     no_bias_ = at::zeros({config_.d_ff}, embed_output_.options());
     head_bias_ = output_embedding_.output().bias() + output_embedding_.residual().bias();
-    computes_few_rows_ = width % 64 == 0;
-    for (const at::Tensor& weight : {embed_hidden_, embed_output_, embed_residual_})
-        computes_few_rows_ = computes_few_rows_ && few_rows_linear_fits(weight);
-    for (const Layer& layer : layers_) {
-        for (const at::Tensor& weight :
-             {layer.time_qkv, layer.time.o.weight(), layer.group_alone.weight(), layer.wi.weight(), layer.wo.weight()})
-            computes_few_rows_ = computes_few_rows_ && few_rows_linear_fits(weight);
-    }
 }
 
 std::shared_ptr<const Model> Model::load(const std::filesystem::path& path, const std::filesystem::path& lora,
@@ -280,37 +268,11 @@ at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t 
     return x;
 }
 
-at::Tensor Model::encode_few_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const {
-    const double eps = config_.norm_epsilon;
-    Stream x = few_rows_add({}, eps, tokens.features, embed_residual_);
-    x = few_rows_add(x, eps, few_rows_linear(tokens.features, embed_hidden_, /*relu=*/true), embed_output_);
-    for (size_t i = 0; i < layers_.size(); ++i) {
-        const Layer& layer = layers_[i];
-        const auto parts = few_rows_linear(x, eps, layer.time_qkv, /*relu=*/false).unflatten(0, {rows, -1}).chunk(3, 2);
-        at::Tensor q = parts[0];
-        if (i + 1 == layers_.size()) {
-            // After the last layer only the outputs are read.
-            q = q.narrow(1, q.size(1) - output_patches, output_patches);
-            for (at::Tensor* part : {&x.values, &x.squares})
-                *part = last_tokens(*part, rows, output_patches).reshape({rows * output_patches, -1});
-        }
-        const at::Tensor mixed =
-            row_attention(q, parts[1], parts[2], config_.heads, tokens.valid, cos_, sin_, /*overlapped=*/true);
-        x = few_rows_add(x, eps, mixed.flatten(0, 1), layer.time.o.weight());
-        x = few_rows_add_own(x, eps, layer.group_alone.weight());
-        x = few_rows_add(x, eps, few_rows_linear(x, eps, layer.wi.weight(), /*relu=*/true), layer.wo.weight());
-    }
-    return x.values;
-}
-
 at::Tensor Model::forecast_rows(const at::Tensor& context, const at::Tensor& future) const {
     const int64_t rows = context.size(0), output_patches = future.size(1) / config_.patch;
     const SeriesTokens tokens = series_tokens(
         {config_.patch, config_.register_token, config_.arcsinh, config_.time_encoding_scale}, context, future, placement_.dtype);
-    const bool few = computes_few_rows_ && tokens.features.size(0) <= kFewTokens;
-    const at::Tensor hidden =
-        rms_norm(few ? encode_few_rows(tokens, rows, output_patches) : encode_rows(tokens, rows, output_patches), final_norm_,
-                 config_.norm_epsilon);
+    const at::Tensor hidden = rms_norm(encode_rows(tokens, rows, output_patches), final_norm_, config_.norm_epsilon);
     const InvariantLinear &up = output_embedding_.hidden(), &down = output_embedding_.output(),
                           &direct = output_embedding_.residual();
     at::Tensor z = at::addmm(head_bias_, hidden, direct.weight().t());

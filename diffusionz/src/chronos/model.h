@@ -86,8 +86,6 @@ private:
     const std::vector<Attention>& group_attention() const;
     // Hidden states of the outputs, before the final norm: [rows * output_patches, d_model].
     at::Tensor encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const;
-    // The same for so few that reading the weights is what takes time.
-    at::Tensor encode_few_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const;
     // x += attention over each group's rows.
     void attend_groups(size_t layer, at::Tensor& x, const GroupAttention& group) const;
 
@@ -100,7 +98,6 @@ private:
     // The patch embedding in the products' dtype, for the features of series_tokens; where rows are computed.
     at::Tensor embed_hidden_, embed_output_, embed_residual_;
     at::Tensor no_bias_, head_bias_;  // [d_ff], and the sum of the head's last two
-    bool computes_few_rows_ = false;
     std::vector<Layer> layers_;
     bool folds_single_groups_, computes_rows_;
     mutable std::mutex group_mutex_;

@@ -35,7 +35,7 @@ at::Tensor row_attention_reference(const at::Tensor& q, const at::Tensor& k, con
 }  // namespace
 
 at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t heads, const at::Tensor& valid,
-                         const at::Tensor& cos, const at::Tensor& sin, [[maybe_unused]] bool overlapped) {
+                         const at::Tensor& cos, const at::Tensor& sin) {
 #ifdef DIFFUSIONZ_WITH_CUDA
     constexpr int64_t kSegmentsMax = 65535;
     const bool ours = q.is_cuda() && (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) &&
@@ -53,7 +53,6 @@ at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Ten
         p.query_count = static_cast<int32_t>(q.size(1)), p.key_count = static_cast<int32_t>(k.size(1));
         p.valid = valid.const_data_ptr<uint8_t>();
         p.cos = cos.const_data_ptr<float>(), p.sin = sin.const_data_ptr<float>();
-        p.overlapped = overlapped;
         check_launch("segment_attention", kernels::segment_attention(p, current_stream(q)));
         return y;
     }

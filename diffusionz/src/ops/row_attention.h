@@ -8,10 +8,9 @@ namespace diffusionz {
 
 // q [rows, queries, heads * head_dim], the last `queries` tokens of each row; k and v [rows, keys, heads * head_dim], both of one
 // layout; tokens may lie apart. `valid` uint8 [rows, keys]: 0 where no query attends; each row has a key that is valid. cos and
-// sin float32 [positions, head_dim / 2]: a row's first key is at position 0. `overlapped`: on CUDA the kernel starts while the
-// one before it ends. Returns [rows, queries, heads * head_dim] in q's dtype. Reference: ATen, the path in float32, of other
-// heads than 64, and on the CPU (DIFFUSIONZ_DISABLE_KERNELS=row_attention).
+// sin float32 [positions, head_dim / 2]: a row's first key is at position 0. Returns [rows, queries, heads * head_dim] in q's
+// dtype. Reference: ATen, the path in float32, of other heads than 64, and on the CPU (DIFFUSIONZ_DISABLE_KERNELS=row_attention).
 at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t heads, const at::Tensor& valid,
-                         const at::Tensor& cos, const at::Tensor& sin, bool overlapped = false);
+                         const at::Tensor& cos, const at::Tensor& sin);
 
 }  // namespace diffusionz
