@@ -138,6 +138,7 @@ std::vector<uint8_t> encode_webp(const uint8_t* rgb, int32_t width, int32_t heig
         if (!WebPPictureImportRGB(&picture, rgb, 3 * width)) fail_encoding(picture);
     } else {
         config.quality = static_cast<float>(quality);
+        config.method = 2;  // 4, libwebp's own choice, takes twice as long for 0.1 to 0.4 dB and 1 to -4 % of the bytes
         import_sharp(picture, rgb);
     }
     WebPMemoryWriter writer;
