@@ -53,7 +53,8 @@ Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda
           return Model::load(path, placement, max_vram_bytes);
       }()),
       stream_(placement.device),
-      graphs_(placement.device, cuda_graphs && !kernel_disabled("graphs") && !trace_from_environment()),
+      // Where not even the VAE can stay there is no room for what graphs keep.
+      graphs_(placement.device, cuda_graphs && model_->residence().vae && !kernel_disabled("graphs") && !trace_from_environment()),
       sampler_(model_->transformer(), stream_, graphs_, trace_from_environment()) {
     synchronize(placement.device);  // the weights came on another stream
     release_kept_memory();          // what they went through on their way
