@@ -31,8 +31,7 @@ template <class Struct>
 void check_size(const char* name, const Struct* value) {
     if (!value) fail(DIFFUSIONZ_E_ARGUMENT, name, " is NULL");
     constexpr auto& earlier = kEarlierSizes<Struct>;
-    if (value->struct_size == sizeof(Struct) ||
-        std::find(earlier.begin(), earlier.end(), value->struct_size) != earlier.end()) {
+    if (value->struct_size == sizeof(Struct) || std::find(earlier.begin(), earlier.end(), value->struct_size) != earlier.end()) {
         return;
     }
     std::string known;

@@ -16,7 +16,8 @@
 
 namespace diffusionz {
 
-// A stream of its own for one engine: graphs cannot be recorded on the default stream, and engines should not wait for each other.
+// A stream of its own for one engine: graphs cannot be recorded on the default stream, and engines should not wait for each
+// other.
 class WorkStream {
 public:
     explicit WorkStream(at::Device device);
@@ -76,9 +77,9 @@ public:
     // Without `enabled`, and on the CPU, every call runs as it is written.
     GraphCache(at::Device device, bool enabled);
 
-    // work(inputs), by a graph where there is one for `key` and the inputs' shapes. `key` stands for the function and for all that
-    // it reads beside its inputs; `make` gives the function, and is only called where it is needed. Graphs keep the function, hold
-    // copies of the inputs, and compute the same bits as the function does. The result is the caller's.
+    // work(inputs), by a graph where there is one for `key` and the inputs' shapes. `key` stands for the function and for all
+    // that it reads beside its inputs; `make` gives the function, and is only called where it is needed. Graphs keep the
+    // function, hold copies of the inputs, and compute the same bits as the function does. The result is the caller's.
     at::Tensor run(const std::string& key, const std::vector<at::Tensor>& inputs, const std::function<Function()>& make);
 
     // Forgets every graph, and gives their memory back.

@@ -137,8 +137,8 @@ std::string after_out_of_memory(const std::string& message) {
                       used = found("([0-9.]+ [A-Za-z]+) is allocated by PyTorch"),
                       kept = found("([0-9.]+ [A-Za-z]+) is reserved by PyTorch"), limit = found("([0-9.]+ [A-Za-z]+) allowed");
     if (!wanted.empty() && !free.empty() && !used.empty()) {
-        return concat("cuda:", device, " is out of memory: ", wanted, " more were wanted; ", free, " are free, this process uses ",
-                      used, " and kept ", kept.empty() ? "nothing" : kept, " for later",
+        return concat("cuda:", device, " is out of memory: ", wanted, " more were wanted; ", free,
+                      " are free, this process uses ", used, " and kept ", kept.empty() ? "nothing" : kept, " for later",
                       limit.empty() ? "" : concat("; its limit (max_vram_bytes) is ", limit));
     }
 #endif

@@ -30,8 +30,8 @@ void release_kept_memory();
 // From now on this process gets at most that many bytes of a CUDA device; nothing for the CPU.
 void limit_device_memory(at::Device device, int64_t max_bytes);
 
-// After a failure for want of device memory: gives back what was kept for later calls on every device, and puts LibTorch's message
-// into our words: how much was wanted, free and held.
+// After a failure for want of device memory: gives back what was kept for later calls on every device, and puts LibTorch's
+// message into our words: how much was wanted, free and held.
 std::string after_out_of_memory(const std::string& message);
 
 // Waits for the device and raises what it reports.

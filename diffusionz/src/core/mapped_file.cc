@@ -37,8 +37,8 @@ MappedFile::~MappedFile() {
 
 void MappedFile::read(size_t offset, size_t size_bytes, void* to) const {
     for (size_t done = 0; done < size_bytes;) {
-        const ssize_t count = ::pread(descriptor_, static_cast<uint8_t*>(to) + done, size_bytes - done,
-                                      static_cast<off_t>(offset + done));
+        const ssize_t count =
+            ::pread(descriptor_, static_cast<uint8_t*>(to) + done, size_bytes - done, static_cast<off_t>(offset + done));
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) {
             fail(status_, path_.string(), ": cannot be read at byte ", offset + done, ": ",

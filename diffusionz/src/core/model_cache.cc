@@ -24,7 +24,8 @@ std::string model_key(const fs::path& path, const Placement& placement) {
         if (entry->is_regular_file(error)) add(entry->path());
     }
     std::sort(files.begin(), files.end());
-    std::string key = concat(placement.device.str(), ' ', static_cast<int>(placement.dtype), ' ', static_cast<int>(placement.products), '\n');
+    std::string key =
+        concat(placement.device.str(), ' ', static_cast<int>(placement.dtype), ' ', static_cast<int>(placement.products), '\n');
     for (const std::string& file : files) key += file + '\n';
     return key;
 }

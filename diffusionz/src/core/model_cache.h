@@ -26,7 +26,8 @@ public:
         {
             const std::lock_guard lock(mutex_);
             // Slots that nobody waits for, of models that are gone.
-            std::erase_if(slots_, [](const auto& entry) { return entry.second.use_count() == 1 && entry.second->model.expired(); });
+            std::erase_if(slots_,
+                          [](const auto& entry) { return entry.second.use_count() == 1 && entry.second->model.expired(); });
             slot = slots_.try_emplace(key, std::make_shared<Slot>()).first->second;
         }
         const std::lock_guard loading(slot->loading);

@@ -22,8 +22,8 @@ public:
         stage_ = DIFFUSIONZ_STAGE_QUEUED;
     }
 
-    // The running call only: moves to `stage` and books the time since the last move to the stage left. Of a call's threads the one
-    // that began it is heard: pictures that are drawn side by side have no one stage.
+    // The running call only: moves to `stage` and books the time since the last move to the stage left. Of a call's threads the
+    // one that began it is heard: pictures that are drawn side by side have no one stage.
     void enter(int32_t stage) {
         if (std::this_thread::get_id() != owner_) return;
         const auto now = Clock::now();

@@ -1,5 +1,5 @@
-// DIFFUSIONZ_TRACE=FOLDER writes what passes between the blocks of a model's first evaluation, for whoever compares two precisions
-// block by block: FOLDER/000_NAME.npy and so on, float32.
+// DIFFUSIONZ_TRACE=FOLDER writes what passes between the blocks of a model's first evaluation, for whoever compares two
+// precisions block by block: FOLDER/000_NAME.npy and so on, float32.
 #pragma once
 
 #include <ATen/core/Tensor.h>

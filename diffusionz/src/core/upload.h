@@ -1,5 +1,5 @@
-// Carries tensors from a file to a CUDA device: threads read pieces into pinned buffers, and the device fetches each piece while the
-// next ones are read. The host holds the buffers, and no second copy of the file.
+// Carries tensors from a file to a CUDA device: threads read pieces into pinned buffers, and the device fetches each piece while
+// the next ones are read. The host holds the buffers, and no second copy of the file.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,8 +25,8 @@ public:
     Upload(const Upload&) = delete;
     Upload& operator=(const Upload&) = delete;
 
-    // Memory to copy to, and for the current stream to use. It comes from a pool of its own: were it the current stream's, what is
-    // made of a tensor that is then dropped would settle in the holes, and they could never be given back.
+    // Memory to copy to, and for the current stream to use. It comes from a pool of its own: were it the current stream's, what
+    // is made of a tensor that is then dropped would settle in the holes, and they could never be given back.
     at::Tensor allocate(at::IntArrayRef shape, at::ScalarType dtype) const;
     // Copies `size_bytes` of `file` from `offset` to such memory. Returns once the copies are sent; the current stream waits for
     // them. Fails as the file's read does.

@@ -68,7 +68,8 @@ const TensorView& Weights::view(const std::string& name, const std::vector<int64
 }
 
 at::Tensor Weights::get_on_host(const std::string& name, const std::vector<int64_t>& shape) const {
-    return as_tensor(view(name, shape), checkpoint_, checkpoint_->name() + ": tensor '" + prefix_ + name + "'", DIFFUSIONZ_E_MODEL);
+    return as_tensor(view(name, shape), checkpoint_, checkpoint_->name() + ": tensor '" + prefix_ + name + "'",
+                     DIFFUSIONZ_E_MODEL);
 }
 
 at::Tensor Weights::get(const std::string& name, const std::vector<int64_t>& shape) const { return get_fused({name}, {shape}); }

@@ -84,9 +84,9 @@ struct Picture : WebPPicture {
     Picture& operator=(const Picture&) = delete;
 };
 
-// Fills a picture with the luma and chroma of `rgb`, chroma chosen so that the decoded picture's edges stay sharp: without it thin
-// red and blue lines bleed. libwebp's conversion is half of an encoding's time and knows one thread, so it is run on strips, whose
-// rows overlap by more than its filters reach: the bytes depend on the strips, which are fixed, not on the threads.
+// Fills a picture with the luma and chroma of `rgb`, chroma chosen so that the decoded picture's edges stay sharp: without it
+// thin red and blue lines bleed. libwebp's conversion is half of an encoding's time and knows one thread, so it is run on strips,
+// whose rows overlap by more than its filters reach: the bytes depend on the strips, which are fixed, not on the threads.
 void import_sharp(Picture& picture, const uint8_t* rgb) {
     constexpr int32_t kStripRows = 128, kOverlapRows = 8;
     constexpr unsigned kThreadsMax = 8;
@@ -115,7 +115,8 @@ void import_sharp(Picture& picture, const uint8_t* rgb) {
     const auto work = [&] {
         for (int32_t i = next++; i < strips; i = next++) convert(i * kStripRows);
     };
-    const auto threads = std::min<size_t>(std::clamp(std::thread::hardware_concurrency(), 1u, kThreadsMax), static_cast<size_t>(strips));
+    const auto threads =
+        std::min<size_t>(std::clamp(std::thread::hardware_concurrency(), 1u, kThreadsMax), static_cast<size_t>(strips));
     std::vector<std::future<void>> others;
     for (size_t i = 1; i < threads; ++i) others.push_back(std::async(std::launch::async, work));
     work();

@@ -76,7 +76,8 @@ at::Tensor cuda_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
             .transpose(1, 2)
             .flatten(2);
     }
-    return std::get<0>(at::_scaled_dot_product_flash_attention(heads_first(q), heads_first(k), heads_first(v), 0.0, causal, false))
+    return std::get<0>(
+               at::_scaled_dot_product_flash_attention(heads_first(q), heads_first(k), heads_first(v), 0.0, causal, false))
         .transpose(1, 2)
         .flatten(2);
 }

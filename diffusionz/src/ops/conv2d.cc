@@ -1,5 +1,6 @@
 // On the CPU and on GPUs but Hopper: ATen's, oneDNN's or cuDNN's. On Hopper in bfloat16 kernels/conv2d.cu, which also adds the
-// residual, or a block's shortcut, and leaves the moments for the next normalisation. Reference: at::conv2d (DIFFUSIONZ_DISABLE_KERNELS=conv2d).
+// residual, or a block's shortcut, and leaves the moments for the next normalisation. Reference: at::conv2d
+// (DIFFUSIONZ_DISABLE_KERNELS=conv2d).
 
 #include "ops/conv2d.h"
 
@@ -26,8 +27,8 @@ at::Tensor Conv2d::by_kernel(const at::Tensor& x, Conv2dInputs inputs, ChannelMo
     inputs.weight = weight_;
     inputs.bias = bias_;
     inputs.first_row = inputs.first_column = -padding_;
-    const at::Tensor y = at::empty({x.size(0), weight_.size(0), x.size(2), x.size(3)},
-                                   x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const at::Tensor y =
+        at::empty({x.size(0), weight_.size(0), x.size(2), x.size(3)}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
     if (moments) *moments = conv2d_moments(x, weight_.size(0), /*layers=*/1);
     conv2d_kernel(inputs, y, moments ? moments->values : at::Tensor());
     return y;
@@ -55,7 +56,8 @@ at::Tensor Conv2d::with_shortcut(const at::Tensor& x, const Conv2d& shortcut, co
 
 bool conv2d_kernel_takes(const at::Tensor& weight) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    return !kernel_disabled("conv2d") && weight.is_cuda() && weight.scalar_type() == at::kBFloat16 && weight.size(2) == weight.size(3) &&
+    return !kernel_disabled("conv2d") && weight.is_cuda() && weight.scalar_type() == at::kBFloat16 &&
+           weight.size(2) == weight.size(3) &&
            kernels::conv2d_sm90_takes(weight.device().index(), weight.size(1), weight.size(0), weight.size(2));
 #else
     (void)weight;
@@ -68,7 +70,8 @@ void conv2d_kernel([[maybe_unused]] const Conv2dInputs& inputs, [[maybe_unused]]
 #ifdef DIFFUSIONZ_WITH_CUDA
     const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
     kernels::Conv2dCall call{};
-    call.x = data(inputs.x), call.weight = data(inputs.weight), call.bias = data(inputs.bias), call.residual = data(inputs.residual);
+    call.x = data(inputs.x), call.weight = data(inputs.weight), call.bias = data(inputs.bias),
+    call.residual = data(inputs.residual);
     call.shortcut_x = data(inputs.shortcut_x), call.shortcut_weight = data(inputs.shortcut_weight);
     call.shortcut_bias = data(inputs.shortcut_bias);
     call.y = y.mutable_data_ptr();
@@ -88,7 +91,8 @@ ChannelMoments conv2d_moments(const at::Tensor& x, int64_t out, int64_t layers) 
     moments.rows = x.size(2), moments.columns = x.size(3), moments.layers = layers;
     moments.tile_rows = moments.tile_columns = kTile;
     const int64_t tiles = (moments.rows + kTile - 1) / kTile * ((moments.columns + kTile - 1) / kTile);
-    moments.values = at::empty({x.size(0), layers * tiles, out, 2}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+    moments.values =
+        at::empty({x.size(0), layers * tiles, out, 2}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
 #else
     (void)x, (void)out, (void)layers;
 #endif

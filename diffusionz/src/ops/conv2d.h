@@ -17,8 +17,8 @@ public:
     // weight [out, in, k, k]; bias [out].
     Conv2d(at::Tensor weight, at::Tensor bias, int64_t stride = 1, int64_t padding = 0);
 
-    // x [batch, in, height, width]. `residual`, if defined, of the result's shape, is added. `moments` receives the result's where
-    // the kernel leaves them.
+    // x [batch, in, height, width]. `residual`, if defined, of the result's shape, is added. `moments` receives the result's
+    // where the kernel leaves them.
     at::Tensor operator()(const at::Tensor& x, const at::Tensor& residual = {}, ChannelMoments* moments = nullptr) const;
     // (*this)(x) + shortcut(shortcut_x), a convolution with a 1x1 kernel.
     at::Tensor with_shortcut(const at::Tensor& x, const Conv2d& shortcut, const at::Tensor& shortcut_x,

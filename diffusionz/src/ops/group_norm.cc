@@ -1,10 +1,10 @@
 // y = silu(weight * (x - mean) / sqrt(var + eps) + bias), mean and var over a group's channels and all pixels.
 //
 // Why our own on the CPU: ATen's channels-last GroupNorm takes twice the time of its NCHW one, and SiLU is one more pass over
-// memory. Here it is one read for the statistics, one read and one write for the rest; on the GPU, kernels/group_norm.cu, the first
-// read falls away after our own convolutions. Numbers: statistics in float32 over a block of pixels that stays in the first-level cache, around the block's own mean, merged in float64 (Chan, Golub and LeVeque
-// 1979); E[x^2] - E[x]^2 would lose its digits where |mean| is far over std. Reference: at::group_norm and at::silu
-// (DIFFUSIONZ_DISABLE_KERNELS=group_norm).
+// memory. Here it is one read for the statistics, one read and one write for the rest; on the GPU, kernels/group_norm.cu, the
+// first read falls away after our own convolutions. Numbers: statistics in float32 over a block of pixels that stays in the
+// first-level cache, around the block's own mean, merged in float64 (Chan, Golub and LeVeque 1979); E[x^2] - E[x]^2 would lose
+// its digits where |mean| is far over std. Reference: at::group_norm and at::silu (DIFFUSIONZ_DISABLE_KERNELS=group_norm).
 
 #include "ops/group_norm.h"
 
@@ -114,12 +114,12 @@ void normalize_image(const float* x, float* y, int64_t pixels, int64_t channels,
     });
 }
 
-void apply_on_gpu([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const at::Tensor& factors, [[maybe_unused]] const at::Tensor& y,
-                  [[maybe_unused]] bool silu) {
+void apply_on_gpu([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const at::Tensor& factors,
+                  [[maybe_unused]] const at::Tensor& y, [[maybe_unused]] bool silu) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    check_launch("group_norm", kernels::group_norm_apply(kernel_type(x.scalar_type()), x.const_data_ptr(), factors.const_data_ptr<float>(),
-                                                         y.mutable_data_ptr(), x.size(0), x.size(2) * x.size(3), x.size(1), silu,
-                                                         current_stream(x)));
+    check_launch("group_norm", kernels::group_norm_apply(kernel_type(x.scalar_type()), x.const_data_ptr(),
+                                                         factors.const_data_ptr<float>(), y.mutable_data_ptr(), x.size(0),
+                                                         x.size(2) * x.size(3), x.size(1), silu, current_stream(x)));
 #endif
 }
 
@@ -133,9 +133,9 @@ bool group_norm_kernel_takes([[maybe_unused]] const at::Tensor& x) {
 #endif
 }
 
-at::Tensor group_norm_factors(const at::Tensor& x, [[maybe_unused]] const at::Tensor& weight, [[maybe_unused]] const at::Tensor& bias,
-                              [[maybe_unused]] int64_t groups, [[maybe_unused]] double eps,
-                              [[maybe_unused]] const ChannelMoments& moments) {
+at::Tensor group_norm_factors(const at::Tensor& x, [[maybe_unused]] const at::Tensor& weight,
+                              [[maybe_unused]] const at::Tensor& bias, [[maybe_unused]] int64_t groups,
+                              [[maybe_unused]] double eps, [[maybe_unused]] const ChannelMoments& moments) {
     at::Tensor factors = at::empty({x.size(0), x.size(1), 2}, x.options().dtype(at::kFloat));
 #ifdef DIFFUSIONZ_WITH_CUDA
     const kernels::Type type = kernel_type(x.scalar_type());
@@ -146,12 +146,12 @@ at::Tensor group_norm_factors(const at::Tensor& x, [[maybe_unused]] const at::Te
     if (!values.defined()) {
         parts = kernels::group_norm_parts(pixels, channels);
         values = at::empty({batch, parts.count(), channels, 2}, factors.options());
-        check_launch("group_norm", kernels::group_norm_moments(type, x.const_data_ptr(), values.mutable_data_ptr<float>(), batch, pixels,
-                                                               channels, stream));
+        check_launch("group_norm", kernels::group_norm_moments(type, x.const_data_ptr(), values.mutable_data_ptr<float>(), batch,
+                                                               pixels, channels, stream));
     }
-    check_launch("group_norm", kernels::group_norm_factors(type, values.const_data_ptr<float>(), weight.const_data_ptr(),
-                                                           bias.const_data_ptr(), factors.mutable_data_ptr<float>(), parts, batch, channels,
-                                                           groups, eps, stream));
+    check_launch("group_norm",
+                 kernels::group_norm_factors(type, values.const_data_ptr<float>(), weight.const_data_ptr(), bias.const_data_ptr(),
+                                             factors.mutable_data_ptr<float>(), parts, batch, channels, groups, eps, stream));
 #endif
     return factors;
 }

@@ -44,8 +44,7 @@ Linear::Linear(at::Tensor weight, at::Tensor bias, Products products)
             check_launch("linear", cudaDeviceGetAttribute(&value, name, weight_.device().index()));
             return value;
         };
-        compute_capability_ =
-            10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+        compute_capability_ = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
         multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
     }
 #endif

@@ -5,8 +5,8 @@
 // size. Reference: at::linear (set DIFFUSIONZ_DISABLE_KERNELS=linear).
 //
 // With Products::fp8 both factors are float8_e4m3fn with a float32 scale a row: the weight is quantized here, once, the input by
-// whoever made it or else at every call. Sums are in float32, the result in the weight's dtype; bias and adapters stay in it, too.
-// Where the device has no FP8 products (the CPU, and GPUs before compute capability 8.9) and at sizes that are no multiples
+// whoever made it or else at every call. Sums are in float32, the result in the weight's dtype; bias and adapters stay in it,
+// too. Where the device has no FP8 products (the CPU, and GPUs before compute capability 8.9) and at sizes that are no multiples
 // of 16 the same numbers are multiplied in the weight's dtype.
 //
 // On Hopper, in bfloat16 and FP8, the sizes where kernels/gemm_sm90.cu is faster than the library go there
@@ -37,15 +37,15 @@ using LoraPairs = std::unordered_map<const Linear*, std::vector<LoraPair>>;
 class Linear {
 public:
     Linear() = default;
-    // weight [out, in], on its device and in the dtype of the results; bias [out] or undefined. Products::tf32 is for the caller to
-    // switch on: here it is `plain`.
+    // weight [out, in], on its device and in the dtype of the results; bias [out] or undefined. Products::tf32 is for the caller
+    // to switch on: here it is `plain`.
     Linear(at::Tensor weight, at::Tensor bias = {}, Products products = Products::plain);
     Linear(const Linear&) = delete;  // LoraPairs refer to layers by address
     Linear& operator=(Linear&&) = default;
     Linear(Linear&&) = default;
 
-    // x [..., in] to [..., out]. `lora` may be null. With FP8 products x.fp8 is read where it is defined, and x.plain then only by
-    // adapters; without them x.plain is.
+    // x [..., in] to [..., out]. `lora` may be null. With FP8 products x.fp8 is read where it is defined, and x.plain then only
+    // by adapters; without them x.plain is.
     at::Tensor operator()(const Activation& x, const LoraPairs* lora = nullptr) const;
 
     int64_t in_features() const { return in_features_; }
@@ -67,7 +67,7 @@ private:
     at::Tensor row_scales_;  // float32 [out, 1], of an FP8 weight
     at::Tensor bias_;
     at::ScalarType dtype_ = at::kFloat;  // of the results
-    int compute_capability_ = 0;  // of the weight's device, as 10 major + minor; 0 of the CPU
+    int compute_capability_ = 0;         // of the weight's device, as 10 major + minor; 0 of the CPU
     int multiprocessors_ = 0;
     bool reordered_ = false;
     int64_t in_features_ = 0;

@@ -50,7 +50,8 @@ at::Tensor UpsampleConv2d::by_kernel(const at::Tensor& x, ChannelMoments* moment
     inputs.x = x.contiguous(at::MemoryFormat::ChannelsLast);
     inputs.bias = bias_;
     const int64_t height = x.size(2), width = x.size(3), out = bias_.size(0);
-    const at::Tensor y = at::empty({x.size(0), out, 2 * height, 2 * width}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const at::Tensor y =
+        at::empty({x.size(0), out, 2 * height, 2 * width}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
     if (moments) *moments = conv2d_moments(x, out, /*layers=*/4);
     for (int64_t part = 0; part < 4; ++part) {
         const int64_t a = part / 2, b = part % 2;

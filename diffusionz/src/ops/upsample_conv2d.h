@@ -22,8 +22,8 @@ private:
     at::Tensor by_kernel(const at::Tensor& x, ChannelMoments* moments) const;
 
     bool split_ = false;
-    Conv2d whole_;                 // the reference's
-    std::array<Conv2d, 4> parts_;  // of the output pixels (2i + a, 2j + b), at 2a + b
+    Conv2d whole_;                            // the reference's
+    std::array<Conv2d, 4> parts_;             // of the output pixels (2i + a, 2j + b), at 2a + b
     std::array<at::Tensor, 4> part_weights_;  // the same for the kernel
     at::Tensor bias_;
 };

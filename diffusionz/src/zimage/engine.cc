@@ -54,7 +54,8 @@ Engine::Engine(const std::filesystem::path& path, Placement placement, bool cuda
       }()),
       stream_(placement.device),
       // Where not even the VAE can stay there is no room for what graphs keep.
-      graphs_(placement.device, cuda_graphs && model_->residence().vae && !kernel_disabled("graphs") && !trace_from_environment()),
+      graphs_(placement.device,
+              cuda_graphs && model_->residence().vae && !kernel_disabled("graphs") && !trace_from_environment()),
       sampler_(model_->transformer(), stream_, graphs_, trace_from_environment()) {
     synchronize(placement.device);  // the weights came on another stream
     release_kept_memory();          // what they went through on their way
@@ -141,7 +142,8 @@ Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
         return vae.decode_on_device(inputs[0]);
     };
     // A graph has the addresses of weights in it, so only weights that stay can be in one.
-    const at::Tensor pixels = model_->residence().vae ? graphs_.run("decode", {latents}, [&] { return decode; }) : decode({latents});
+    const at::Tensor pixels =
+        model_->residence().vae ? graphs_.run("decode", {latents}, [&] { return decode; }) : decode({latents});
     return {to_host(pixels, stream_).squeeze(0)};
 }
 

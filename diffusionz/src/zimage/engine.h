@@ -26,8 +26,8 @@ public:
     // `cuda_graphs` lets it record what it repeats. `max_vram_bytes` bounds what the model holds on its device; 0 does not.
     Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs = true, int64_t max_vram_bytes = 0);
 
-    // Draws one picture, after the calls before this one. The request has passed check(). Steps are counted in `task`, pictures are
-    // not. Fails with E_ARGUMENT, E_LORA, E_CANCELLED.
+    // Draws one picture, after the calls before this one. The request has passed check(). Steps are counted in `task`, pictures
+    // are not. Fails with E_ARGUMENT, E_LORA, E_CANCELLED.
     Picture draw(const DiffusionZRequest& request, Task& task);
     // Transformer evaluations that a request takes.
     static int32_t steps_of(const DiffusionZRequest& request);

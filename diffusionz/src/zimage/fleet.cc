@@ -20,7 +20,8 @@ constexpr std::chrono::milliseconds kCancelPoll{20};
 
 }  // namespace
 
-Fleet::Fleet(const std::filesystem::path& path, const std::vector<Placement>& placements, bool cuda_graphs, int64_t max_vram_bytes)
+Fleet::Fleet(const std::filesystem::path& path, const std::vector<Placement>& placements, bool cuda_graphs,
+             int64_t max_vram_bytes)
     : busy_(placements.size()) {
     // Side by side: devices do not wait for each other's weights.
     std::vector<std::future<std::unique_ptr<Engine>>> loading;
@@ -114,7 +115,8 @@ void Fleet::alone(const std::function<void()>& work) {
     {
         std::unique_lock lock(mutex_);
         calls_.push_back(&call);
-        changed_.wait(lock, [&] { return calls_.front() == &call && std::find(busy_.begin(), busy_.end(), true) == busy_.end(); });
+        changed_.wait(lock,
+                      [&] { return calls_.front() == &call && std::find(busy_.begin(), busy_.end(), true) == busy_.end(); });
     }
     try {
         work();

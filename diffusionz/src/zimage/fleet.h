@@ -21,7 +21,8 @@ public:
     // `placements`: at least one; one that is there twice is two engines that share a model. max_vram_bytes 0 is no limit.
     Fleet(const std::filesystem::path& path, const std::vector<Placement>& placements, bool cuda_graphs, int64_t max_vram_bytes);
 
-    // Called once for each picture, by the thread that drew it, when its device draws the next one already. Threads may be several.
+    // Called once for each picture, by the thread that drew it, when its device draws the next one already. Threads may be
+    // several.
     using Finished = std::function<void(size_t index, Picture picture)>;
 
     // Draws every request. Calls are served in the order of their arrival: each engine takes the next picture of the first call
@@ -37,7 +38,9 @@ public:
     // These take a place in the queue, and find every engine idle.
     void load_lora(const std::filesystem::path& path, double weight);
     void unload_lora();
-    void drain() { alone([] {}); }
+    void drain() {
+        alone([] {});
+    }
 
 private:
     struct Call {

@@ -70,8 +70,8 @@ std::shared_ptr<const Model> Model::load(const fs::path& path, Placement placeme
     const Residence residence =
         max_vram_bytes > 0 ? residence_in(find_model_files(canonical), placement, max_vram_bytes) : Residence{};
     key += concat("residence ", residence.text_encoder, residence.vae);
-    return cache.get(
-        key, [&] { return std::make_shared<const Model>(canonical, find_model_files(canonical), placement, residence); });
+    return cache.get(key,
+                     [&] { return std::make_shared<const Model>(canonical, find_model_files(canonical), placement, residence); });
 }
 
 std::shared_ptr<const Vae> Model::vae() const {

@@ -23,8 +23,8 @@ class Model {
 public:
     Model(const std::filesystem::path& path, const ModelFiles& files, Placement placement, Residence residence);
 
-    // The model already loaded in this process, or a new one. Files that changed on disk since make a new one. max_vram_bytes, of a
-    // CUDA device: 0 is no limit. Fails with E_OUT_OF_MEMORY when it cannot be had in so few.
+    // The model already loaded in this process, or a new one. Files that changed on disk since make a new one. max_vram_bytes, of
+    // a CUDA device: 0 is no limit. Fails with E_OUT_OF_MEMORY when it cannot be had in so few.
     static std::shared_ptr<const Model> load(const std::filesystem::path& path, Placement placement, int64_t max_vram_bytes = 0);
 
     const std::filesystem::path& path() const { return path_; }
@@ -32,8 +32,8 @@ public:
     const Tokenizer& tokenizer() const { return tokenizer_; }
     const TextEncoder& text_encoder() const { return text_encoder_; }
     const Transformer& transformer() const { return transformer_; }
-    // To be held for the stage that needs it: where it does not stay on the device, it comes with the first holder and goes with the
-    // last, whose work on the device must be done by then.
+    // To be held for the stage that needs it: where it does not stay on the device, it comes with the first holder and goes with
+    // the last, whose work on the device must be done by then.
     std::shared_ptr<const Vae> vae() const;
     const VaeConfig& vae_config() const { return vae_config_; }
     bool has_vae_encoder() const { return has_vae_encoder_; }

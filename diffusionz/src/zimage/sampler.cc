@@ -32,8 +32,9 @@ GraphCache::Function Sampler::step(const Transformer::Positions& positive, const
         const Transformer::Modulation modulation{inputs[1], inputs[2]};
         at::Tensor with, without;
         if (guided && inputs[5].size(1) == caption.size(1)) {
-            const at::Tensor both = transformer_.predict(latents.expand({2, -1, -1, -1}), modulation, at::cat({caption, inputs[5]}),
-                                                         positive, pairs, std::exchange(trace_, {}));
+            const at::Tensor both =
+                transformer_.predict(latents.expand({2, -1, -1, -1}), modulation, at::cat({caption, inputs[5]}), positive, pairs,
+                                     std::exchange(trace_, {}));
             with = both.narrow(0, 0, 1), without = both.narrow(0, 1, 1);
         } else {
             with = transformer_.predict(latents, modulation, caption, positive, pairs, std::exchange(trace_, {}));
@@ -70,7 +71,8 @@ at::Tensor Sampler::run(at::Tensor latents, const std::vector<float>& sigmas, co
         const bool guided = captions.negative.defined() && !(static_cast<double>(times[i]) > guidance.truncation);
         const auto now = static_cast<int64_t>(i);
         const Transformer::Modulation at_now = modulation.at(now);
-        std::vector<at::Tensor> inputs = {latents, at_now.blocks, at_now.final_scale, deltas.narrow(0, now, 1), captions.positive};
+        std::vector<at::Tensor> inputs = {latents, at_now.blocks, at_now.final_scale, deltas.narrow(0, now, 1),
+                                          captions.positive};
         if (guided) inputs.push_back(captions.negative);
         const std::string key =
             concat("step ", guided ? guidance.scale : 0, ' ', guided ? guidance.normalization : 0, ' ', lora.name);

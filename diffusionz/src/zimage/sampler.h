@@ -37,11 +37,11 @@ public:
     Sampler(const Transformer& transformer, const WorkStream& stream, GraphCache& graphs, Watch trace)
         : transformer_(transformer), stream_(stream), graphs_(graphs), trace_(std::move(trace)) {}
 
-    // latents float32 [1, channels, height, width] at sigmas[0] to those at sigmas.back(); times are the transformer's, one a step.
-    // Returns within one step of a cancel, with E_CANCELLED. `watch` may be empty; it sees the latents at the start and after
-    // each step.
-    at::Tensor run(at::Tensor latents, const std::vector<float>& sigmas, const std::vector<float>& times, const Captions& captions,
-                   const Guidance& guidance, const Lora& lora, Task& task,
+    // latents float32 [1, channels, height, width] at sigmas[0] to those at sigmas.back(); times are the transformer's, one a
+    // step. Returns within one step of a cancel, with E_CANCELLED. `watch` may be empty; it sees the latents at the start and
+    // after each step.
+    at::Tensor run(at::Tensor latents, const std::vector<float>& sigmas, const std::vector<float>& times,
+                   const Captions& captions, const Guidance& guidance, const Lora& lora, Task& task,
                    const std::function<void(const at::Tensor&)>& watch);
 
 private:

@@ -84,7 +84,8 @@ TextEncoder::Layer TextEncoder::load_layer(const Weights& weights, size_t i) con
     const Weights attention = layer.below("self_attn.");
     at::Tensor qkv_bias, out_bias;
     if (config_.attention_bias) {
-        qkv_bias = attention.get_fused({"q_proj.bias", "k_proj.bias", "v_proj.bias"}, {{heads * d}, {kv_heads * d}, {kv_heads * d}});
+        qkv_bias =
+            attention.get_fused({"q_proj.bias", "k_proj.bias", "v_proj.bias"}, {{heads * d}, {kv_heads * d}, {kv_heads * d}});
         out_bias = attention.get("o_proj.bias", {width});
     }
     return {
@@ -123,9 +124,8 @@ at::Tensor TextEncoder::forward(const at::Tensor& embedded) const {
         std::optional<Layer> fetched;
         if (streamed_) fetched = load_layer(*streamed_, i);
         const Layer& layer = fetched ? *fetched : layers_[i];
-        const auto qkv =
-            qk_norm_rope(layer.qkv(normed), norms.q, norms.k, eps, rope, heads, kv_heads, RopePairs::halves)
-                .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
+        const auto qkv = qk_norm_rope(layer.qkv(normed), norms.q, norms.k, eps, rope, heads, kv_heads, RopePairs::halves)
+                             .split_with_sizes({heads * d, kv_heads * d, kv_heads * d}, -1);
         const at::Tensor attended = attention(qkv[0].unflatten(-1, {heads, d}), qkv[1].unflatten(-1, {kv_heads, d}),
                                               qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/true);
         Residual residual = gated_residual(x, layer.out(attended), {}, eps, {}, norms.post_attention, {});

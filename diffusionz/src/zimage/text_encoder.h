@@ -65,7 +65,7 @@ private:
     std::vector<Norms> norms_;   // of all layers but the last, whose output Z-Image does not use
     std::vector<Layer> layers_;  // their products; none when they are streamed
     std::optional<Weights> streamed_;
-    at::Tensor rope_;            // [kTokensMax, head_dim / 2] complex64
+    at::Tensor rope_;  // [kTokensMax, head_dim / 2] complex64
 };
 
 }  // namespace diffusionz

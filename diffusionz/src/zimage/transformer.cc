@@ -98,8 +98,8 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
     caption_pad_ = weights.get("cap_pad_token", {1, dim});
 
     std::vector<at::Tensor> modulation_weights, modulation_biases;
-    // The refiners and what is computed once a call stay in full precision: they are 2 of 32 blocks and the ones that outliers pass
-    // first.
+    // The refiners and what is computed once a call stay in full precision: they are 2 of 32 blocks and the ones that outliers
+    // pass first.
     const auto load = [&](std::vector<Block>& blocks, const char* name, int64_t count, bool modulated, Products products) {
         for (int64_t i = 0; i < count; ++i) {
             const Weights block_weights = weights.below(concat(name, '.', i, '.'));
@@ -147,7 +147,8 @@ Transformer::Block Transformer::load_block(const Weights& weights, Products prod
         return Linear(weights.get_fused(names, shapes), {}, products);
     };
     Block block;
-    block.qkv = fused({"attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight"}, {{dim, dim}, {kv, dim}, {kv, dim}});
+    block.qkv =
+        fused({"attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight"}, {{dim, dim}, {kv, dim}, {kv, dim}});
     block.out = Linear(weights.get("attention.to_out.0.weight", {dim, dim}), {}, products);
     block.w13 = fused({"feed_forward.w1.weight", "feed_forward.w3.weight"}, {{ffn, dim}, {ffn, dim}});
     block.w2 = Linear(weights.get("feed_forward.w2.weight", {dim, ffn}), {}, products);
@@ -207,14 +208,15 @@ Transformer::Stream Transformer::run_block(const Block& block, const Block* next
     const at::Tensor attended =
         attention(qkv[0].narrow(1, 0, keep).unflatten(-1, {heads, d}), qkv[1].unflatten(-1, {kv_heads, d}),
                   qkv[2].unflatten(-1, {kv_heads, d}), /*causal=*/false);
-    Residual residual = gated_residual(in.x.narrow(1, 0, keep), block.out(attended, lora), block.attention_norm2, config_.norm_eps,
-                                       factors.gate_attention, block.ffn_norm1, factors.scale_ffn, form_for(block.w13, lora));
+    Residual residual =
+        gated_residual(in.x.narrow(1, 0, keep), block.out(attended, lora), block.attention_norm2, config_.norm_eps,
+                       factors.gate_attention, block.ffn_norm1, factors.scale_ffn, form_for(block.w13, lora));
 
     const Activation gated = gated_linear(block.w13, residual.normed, lora, form_for(block.w2, lora));
     const at::Tensor next_weight = next ? next->attention_norm1 : at::Tensor();
     const at::Tensor next_scale = next ? factors_of(*next, modulation).scale_attention : at::Tensor();
-    residual = gated_residual(residual.sum, block.w2(gated, lora), block.ffn_norm2, config_.norm_eps, factors.gate_ffn, next_weight,
-                              next_scale, next ? form_for(next->qkv, lora) : Form::plain);
+    residual = gated_residual(residual.sum, block.w2(gated, lora), block.ffn_norm2, config_.norm_eps, factors.gate_ffn,
+                              next_weight, next_scale, next ? form_for(next->qkv, lora) : Form::plain);
     return {residual.sum, residual.normed};
 }
 

@@ -59,7 +59,7 @@ public:
 
     // What a step's time sets in every block. It depends on the schedule alone, so once a call is enough.
     struct Modulation {
-        at::Tensor blocks;       // [times, blocks, 4, dim]: 1 + scale and tanh(gate) of attention, then of the feed-forward network
+        at::Tensor blocks;  // [times, blocks, 4, dim]: 1 + scale and tanh(gate) of attention, then of the feed-forward network
         at::Tensor final_scale;  // [times, dim]: 1 + scale
         Modulation at(int64_t time) const { return {blocks.narrow(0, time, 1), final_scale.narrow(0, time, 1)}; }
     };
@@ -109,8 +109,8 @@ private:
     static Form form_for(const Linear& linear, const LoraPairs* lora);
     Stream enter(const Block& block, const at::Tensor& x, const Modulation* modulation, const LoraPairs* lora) const;
     // Only the first `keep` tokens of the result are computed. Its norm is `next`'s; without one it has none.
-    Stream run_block(const Block& block, const Block* next, const Stream& in, const at::Tensor& rope, const Modulation* modulation,
-                     int64_t keep, const LoraPairs* lora) const;
+    Stream run_block(const Block& block, const Block* next, const Stream& in, const at::Tensor& rope,
+                     const Modulation* modulation, int64_t keep, const LoraPairs* lora) const;
     // Enters the first block and runs all of them; `keep` is the last one's. `watch` calls them by `name`.
     at::Tensor run_blocks(const std::vector<Block>& blocks, const char* name, const at::Tensor& x, const at::Tensor& rope,
                           const Modulation* modulation, int64_t keep, const LoraPairs* lora, const Watch& watch) const;

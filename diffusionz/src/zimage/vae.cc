@@ -193,8 +193,8 @@ at::Tensor Vae::run_decoder(const at::Tensor& latents, bool pixels) const {
         larger.x = (*stage.upsample)(picture.x, &larger.moments);
         picture = std::move(larger);
     }
-    return norm_conv2d(picture.x, decoder_.norm_out.weight, decoder_.norm_out.bias, config_.norm_num_groups, kNormEps, picture.moments,
-                       decoder_.conv_out, pixels);
+    return norm_conv2d(picture.x, decoder_.norm_out.weight, decoder_.norm_out.bias, config_.norm_num_groups, kNormEps,
+                       picture.moments, decoder_.conv_out, pixels);
 }
 
 int64_t Vae::decode_nbytes(int64_t height, int64_t width) const {
