@@ -53,26 +53,28 @@ def plot(rows: dict[Key, dict[str, str]], out: pathlib.Path) -> None:
         if (work, size, precision) in rows
     ]
     figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(shown) + 1))
-    least = 0.25
+    least, most = 0.25, 8.0
     for y, (_, row) in enumerate(shown):
         goal, ours = float(row["goal"].split()[0]), float(row["ours_p50"])
         axes.barh(y, ours / goal - least, left=least, height=0.6, color=OURS, zorder=2)
         axes.text(least * 1.04, y, f"{ours:.3g} ms", va="center", color="white", fontsize=9, weight="bold", zorder=4)
         if row["peer_p50"]:
             peer = float(row["peer_p50"])
+            most = max(most, peer / goal)
             axes.plot(peer / goal, y, "D", color=PEER, markersize=7, zorder=3)
             axes.text(peer / goal * 1.08, y, f"{peer:.3g} ms", va="center", color=INK, fontsize=9)
     goal_line = axes.axvline(1, color=GOAL, linewidth=2, zorder=3)
     axes.set_yticks(range(len(shown)), [label for label, _ in shown])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(least, 16)
-    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
+    axes.set_xlim(least, 2 * most)
+    ticks = {0.25: "¼", 0.5: "½"} | {tick: str(tick) for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= most}
+    axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
     axes.set_xlabel("time by the goal's")
     handles = [
         (pyplot.Rectangle((0, 0), 1, 1, color=OURS), "diffusionz"),
-        (pyplot.Line2D([], [], color=PEER, marker="D", linestyle=""), "best peer, in its best precision"),
+        (pyplot.Line2D([], [], color=PEER, marker="D", linestyle=""), "peer"),
         (goal_line, "goal"),
     ]
     legend = axes.legend(*zip(*handles, strict=True), frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
