@@ -211,9 +211,7 @@ class Devnet:
             amount=amount,
             signers=[],
         )
-        return self.send(
-            [self.create_instruction(mint, owner, authority), spl.mint_to(params)], self.cluster.faucet
-        )
+        return self.send([self.create_instruction(mint, owner, authority), spl.mint_to(params)], self.cluster.faucet)
 
     def transfer(self, mint: Pubkey, sender: Keypair, owner: Pubkey, amount: int) -> Signature:
         """Sends base units to the owner's associated token account, which the sender pays for if it is new."""

@@ -1,8 +1,8 @@
 """Goal: our matrix products compute what the library's do, and Linear and gated_linear what their formulas say.
 
-Method: the products of the numbers that the factors hold, in float64, are the truth; the error may be twice that of PyTorch's
-own product of the same factors. Every tile is tried, at sizes that none divides. Memory is poisoned before, and results must
-repeat bit for bit.
+Method: the products of the numbers that the factors hold, in float64, are the truth; the error may be twice that of
+PyTorch's own product of the same factors. Every tile is tried, at sizes that none divides. Memory is poisoned before,
+and results must repeat bit for bit.
 """
 
 from __future__ import annotations

@@ -865,11 +865,15 @@ _NAMES = st.sampled_from(sorted(name for name in _devnet_for_anything.devnet.rpc
 _STRINGS = st.sampled_from(["", "base64", "jsonParsed", "finalized", str(Pubkey.default()), str(Signature.default())])
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-1, 2**64) | st.floats(allow_nan=False) | _STRINGS,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["encoding", "commitment", "limit", "mint", "dataSlice", "minContextSlot", "before", "offset"]),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["encoding", "commitment", "limit", "mint", "dataSlice", "minContextSlot", "before", "offset"]
+            ),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=6,
 )

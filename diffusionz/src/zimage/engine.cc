@@ -1,6 +1,7 @@
 #include "zimage/engine.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <c10/core/InferenceMode.h>
@@ -118,6 +119,7 @@ Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
     const CallQueue::Turn turn(queue_, &task);
     const c10::InferenceMode inference;
     const WorkStream::Scope scope(stream_);
+    const at::NoTF32Guard float32_is_float32;  // forecasts in TF32 switch it on for the whole process
     task.enter(DIFFUSIONZ_STAGE_TEXT);
     task.check();
     const Sampler::Lora lora = lora_of(request);
