@@ -37,9 +37,6 @@ public:
     // Gives back the memory of what it recorded; later calls record again.
     void forget_graphs();
 
-    // Waits for the calls that run or queue.
-    void drain() { const CallQueue::Turn turn(queue_); }
-
     void load_lora(const std::filesystem::path& path, double weight);
     void unload_lora();
 
