@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from diffusionz._errors import ArgumentError, DiffusionzError
 
@@ -20,14 +20,9 @@ if TYPE_CHECKING:
     from solders.keypair import Keypair
 
     from diffusionz.payments.addresses import Addresses, Seed
-    from diffusionz.payments.chain import Chain
-    from diffusionz.payments.database import Connection
-    from diffusionz.payments.deposits import Deposits
-    from diffusionz.payments.ledger import Ledger
-    from diffusionz.payments.rates import Rates
+    from diffusionz.payments.keys import Key
     from diffusionz.payments.settings import Settings
-    from diffusionz.payments.sweeper import Sweeper
-    from diffusionz.payments.watcher import Watcher
+    from diffusionz.payments.shop import Shop
 
 EXTRA = "pip install 'diffusionz[payments]'"
 # The packages of the extra, as they are imported.
@@ -35,8 +30,6 @@ PACKAGES = {"aiosmtplib", "cryptography", "httpx2", "pysqlite3", "solana", "sold
 
 CONFIG = "payments.toml"
 DEVNET_URL = "http://127.0.0.1:8899"
-DEVNET_DECIMALS = 6
-FINALITY_SLOTS = 32
 LAMPORTS = 10**9  # in a SOL
 POLL_S = 1.0
 
@@ -218,83 +211,29 @@ def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace)
 
 def _create(args: argparse.Namespace) -> int:
     import pathlib
-    import shutil
 
-    folder = pathlib.Path(args.folder).absolute()
-    folder.mkdir(mode=0o700, parents=True)
-    try:
-        about = asyncio.run(_fill(folder, args))
-    except BaseException:
-        shutil.rmtree(folder)  # which was empty before
-        raise
+    from diffusionz.payments import settings, shop
+
+    given = settings.load(environ={k: v for k, v in os.environ.items() if k == settings.PREFIX + "RPC_URLS"})
+    about = asyncio.run(
+        shop.create(
+            args.folder,
+            rpc_url=args.rpc_url or (given.rpc_urls or (DEVNET_URL,))[0],
+            mint=args.mint and _address(args.mint),
+            treasury=args.treasury and _address(args.treasury),
+            addresses=args.addresses,
+        )
+    )
     if args.json:
         _print_json(about)
     else:
+        folder = pathlib.Path(about["folder"])
         print(f"{folder}: a ledger for the token {about['mint']} on {about['network']}")
         print(f"  treasury    {about['treasury']}")
         print(f"  gas wallet  {about['gas']}" + ("" if about["network"] == "localnet" else "  (send it 0.05 SOL)"))
         print(f"  addresses   {about['addresses']}, of {folder / 'master.seed'}: copy that file to a safe place")
         print(f"next: cd {args.folder}, then: diffusionz wallet deposit alice --new")
     return 0
-
-
-async def _fill(folder: Any, args: argparse.Namespace) -> dict[str, Any]:
-    import json
-
-    from solders.keypair import Keypair
-    from solders.pubkey import Pubkey
-
-    from diffusionz.payments import addresses, settings
-    from diffusionz.payments.chain import GENESIS_HASHES, Chain
-
-    given = settings.load(environ={k: v for k, v in os.environ.items() if k == settings.PREFIX + "RPC_URLS"})
-    url = args.rpc_url or (given.rpc_urls or (DEVNET_URL,))[0]
-    async with Chain.connect(url) as chain:
-        genesis_hash = await chain.genesis_hash()
-        network = next((name for name, hash in GENESIS_HASHES.items() if hash == genesis_hash), "localnet")
-        if network != "localnet" and not (args.mint and args.treasury):
-            raise ArgumentError(f"{network} needs --mint and --treasury")
-        mint = args.mint or await _new_mint(url)
-        treasury = args.treasury or str(Keypair().pubkey())
-        token = await chain.mint(Pubkey.from_string(_address(mint)))
-        gas = Keypair()
-
-        lines: dict[str, Any] = {
-            "database": str(folder / "payments.db"),
-            "network": network,
-            "rpc_urls": [url],
-            "mint": mint,
-            "token_program": _program_name(str(token.program)),
-            "token_decimals": token.decimals,
-            "treasury": _address(treasury),
-            "seed_file": str(folder / "master.seed"),
-            "gas_key_file": str(folder / "gas.json"),
-            "pepper_file": str(folder / "pepper"),
-        }
-        if network == "localnet":
-            # Of no market; so that SOL is credited and calls have a price.
-            lines |= {"genesis_hash": genesis_hash, "domain": "localhost"}
-            lines |= {"rates_token_sources": ["fixed"], "rates_fixed_token": "0.01", "rates_first_high": "0.02"}
-            lines |= {"rates_sol_sources": ["fixed"], "rates_fixed_sol": "150"}
-            lines |= {"rates_min_sources": 1, "rates_market_min_samples": 1}
-        # A JSON string, number or list of them is TOML too.
-        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items())
-        _write_private(folder / CONFIG, text)
-        _write_private(folder / "gas.json", gas.to_json() + "\n")
-        settings.create_secret(folder / "pepper")
-        seed = addresses.Seed.create(folder / "master.seed")
-        shop = _open(settings.load(folder / CONFIG, environ={}))
-        try:
-            shop.addresses.add(addresses.derive_pool(seed, network, 0, args.addresses))
-            await shop.watcher(chain).start()
-        finally:
-            shop.connection.close()
-        if network == "localnet":
-            await _call(url, "requestAirdrop", str(gas.pubkey()), LAMPORTS)
-    return {
-        "folder": str(folder), "network": network, "genesis_hash": genesis_hash, "mint": mint, "treasury": treasury,
-        "gas": str(gas.pubkey()), "addresses": args.addresses,
-    }  # fmt: skip
 
 
 def _devnet(args: argparse.Namespace) -> int:
@@ -323,35 +262,28 @@ def _devnet(args: argparse.Namespace) -> int:
 
 
 def _faucet(args: argparse.Namespace) -> int:
+    from diffusionz.payments.shop import faucet
+
     settings = _settings(args)
-    if settings.network != "localnet":
-        raise ArgumentError(f"the settings are of {settings.network}; there is a faucet on dev chains alone")
     if args.tokens is None and args.sol is None:
         raise ArgumentError("nothing to send: give --tokens, --sol or both")
     address = _address(args.address)
-    sent: dict[str, Any] = {"address": address}
-    if args.sol is not None:
-        lamports = _units(args.sol, 9, "--sol")
-        sent |= {"lamports": lamports, "sol_signature": _ask(settings, "requestAirdrop", address, lamports)}
-    if args.tokens is not None:
-        amount = _units(args.tokens, settings.token_decimals, "--tokens")
-        signature = _ask(settings, "devnet_mintTo", settings.mint, address, amount)
-        sent |= {"tokens": amount, "token_signature": signature}
-    if args.json:
-        _print_json(sent)
-    else:
-        parts = [f"{args.sol} SOL" if args.sol is not None else "", f"{args.tokens} tokens" if args.tokens else ""]
-        print(f"sent {' and '.join(filter(None, parts))} to {address}")
-    return 0
+    tokens = _units(args.tokens, settings.token_decimals, "--tokens") if args.tokens else 0
+    lamports = _units(args.sol, 9, "--sol") if args.sol else 0
+    sent = asyncio.run(faucet(settings, address, tokens=tokens, lamports=lamports))
+    parts = [f"{args.sol} SOL" if args.sol else "", f"{args.tokens} tokens" if args.tokens else ""]
+    return _done(args, sent, f"sent {' and '.join(filter(None, parts))} to {address}")
 
 
 def _deposit(args: argparse.Namespace) -> int:
     if (args.account is None) == (args.refill is None):
         raise ArgumentError("give an ACCOUNT, or --refill N")
+    from diffusionz.payments.shop import opened, refill, seed_of
+
     settings = _settings(args)
-    with _opened(settings) as shop:
+    with opened(settings) as shop:
         if args.refill is not None:
-            added = _refill(shop.addresses, _seed_of(settings), args.refill)
+            added = refill(shop.addresses, seed_of(settings), args.refill)
             return _done(args, {"added": added, "free": shop.addresses.free()}, f"{added} more addresses")
         account = args.account if ":" in args.account else f"user:{args.account}"
         if args.new:
@@ -379,7 +311,7 @@ async def _wait(shop: Shop, account: str, seconds: int) -> int:
     loop = asyncio.get_running_loop()
     deadline, refresh_at = loop.time() + seconds, loop.time()
     newest = shop.newest(account)
-    async with shop.chain() as chain, shop.rates_client(chain) as rates:
+    async with shop.chain() as chain, shop.rates_client() as rates:
         watcher = shop.watcher(chain)
         await watcher.start()
         while True:
@@ -395,11 +327,13 @@ async def _wait(shop: Shop, account: str, seconds: int) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
+    from diffusionz.payments.shop import gas_of, opened, seed_of
+
     settings = _settings(args)
-    seed = _seed_of(settings)
-    with _opened(settings) as shop:
+    seed = seed_of(settings)
+    with opened(settings) as shop:
         (before,) = shop.connection.execute("SELECT coalesce(max(id), 0) FROM movements").fetchone()
-        counts = asyncio.run(_sweep_until_final(shop, seed, _gas_of(settings), args.timeout))
+        counts = asyncio.run(_sweep_until_final(shop, seed, gas_of(settings), args.timeout))
         swept = dict(
             shop.connection.execute(
                 "SELECT CASE mint WHEN 'SOL' THEN 'lamports' ELSE 'tokens' END, -sum(delta) FROM movements"
@@ -426,7 +360,7 @@ async def _sweep_until_final(shop: Shop, seed: Seed, gas: Keypair, timeout: int)
     (last,) = connection.execute("SELECT coalesce(max(id), 0) FROM sweeps").fetchone()
     concerned = f"SELECT id FROM sweeps WHERE status = 'open' OR id > {last}"
     open_before = {id for (id,) in connection.execute(concerned)}
-    async with shop.chain() as chain, shop.rates_client(chain) as rates:
+    async with shop.chain() as chain, shop.rates_client() as rates:
         watcher = shop.watcher(chain)
         await watcher.start()
         await rates.refresh()
@@ -446,6 +380,7 @@ async def _sweep_until_final(shop: Shop, seed: Seed, gas: Keypair, timeout: int)
 
 def _audit(args: argparse.Namespace) -> int:
     from diffusionz.payments.audit import Report, audit, audit_records
+    from diffusionz.payments.shop import opened
 
     if args.offline and args.thorough:
         raise ArgumentError("--thorough asks the chain; it does not go with --offline")
@@ -455,7 +390,7 @@ def _audit(args: argparse.Namespace) -> int:
         async with shop.chain() as chain:
             return await audit(shop.watcher(chain), thorough=args.thorough)
 
-    with _opened(settings) as shop:
+    with opened(settings) as shop:
         report = audit_records(shop.ledger) if args.offline else asyncio.run(with_chain(shop))
     if args.json:
         _print_json({
@@ -484,8 +419,9 @@ def _backup(args: argparse.Namespace) -> int:
     import dataclasses
 
     from diffusionz.payments.backup import backup
+    from diffusionz.payments.shop import opened
 
-    with _opened(_settings(args)) as shop:
+    with opened(_settings(args)) as shop:
         made = backup(shop.connection, args.file)
     about = f"{made.path}: {made.transfers} transfers, {made.size_bytes / 2**20:,.1f} MiB, checked"
     return _done(args, dataclasses.asdict(made), about)
@@ -495,23 +431,24 @@ def _restore(args: argparse.Namespace) -> int:
     import dataclasses
 
     from diffusionz.payments.backup import Restored, restore
+    from diffusionz.payments.shop import assemble, connected, refill, seed_of
 
     settings = _settings(args)
-    seed = _seed_of(settings) if settings.seed_file else None
+    seed = seed_of(settings) if settings.seed_file else None
     free = 0
 
-    def refill(addresses: Addresses) -> None:
+    def refill_pool(addresses: Addresses) -> None:
         nonlocal free
-        free = _refill(addresses, seed, args.addresses) if seed else 0
+        free = refill(addresses, seed, args.addresses) if seed else 0
 
     async def with_chain() -> Restored:
-        async with _connected(settings) as chain:
+        async with connected(settings) as chain:
             return await restore(
                 args.file,
                 settings.database,
-                lambda connection: _assemble(settings, connection).watcher(chain),
+                lambda connection: assemble(settings, connection).watcher(chain),
                 network=settings.network,
-                refill=refill,
+                refill=refill_pool,
             )
 
     restored = asyncio.run(with_chain())
@@ -541,51 +478,6 @@ def _restore(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- What the settings say, put together ---
-
-
-class Shop(NamedTuple):
-    """The parts that share a database."""
-
-    settings: Settings
-    connection: Connection
-    ledger: Ledger
-    rates: Rates
-    addresses: Addresses
-    deposits: Deposits
-
-    def watcher(self, chain: Chain) -> Watcher:
-        from diffusionz.payments.watcher import Watcher
-
-        return Watcher(chain, self.deposits)
-
-    def sweeper(self, chain: Chain, seed: Seed, gas: Keypair) -> Sweeper:
-        from diffusionz.payments.sweeper import Sweeper
-
-        return Sweeper(chain, self.deposits, {seed.version: seed}, gas)
-
-    def newest(self, account: str) -> int:
-        """The seq of the account's last line."""
-        lines = self.ledger.history(account, limit=1)
-        return lines[0].seq if lines else 0
-
-    def chain(self) -> contextlib.AbstractAsyncContextManager[Chain]:
-        return _connected(self.settings)
-
-    @contextlib.asynccontextmanager
-    async def rates_client(self, chain: Chain) -> AsyncIterator[Rates]:
-        """The rates, with the sources that are configured."""
-        import httpx2
-
-        from diffusionz.payments.rates import Rates
-
-        async def slot() -> int:
-            return (await chain.tip("processed")).slot
-
-        async with httpx2.AsyncClient() as client:
-            yield Rates.from_settings(self.settings, self.connection, client=client, slot=slot)
-
-
 def _settings(args: argparse.Namespace) -> Settings:
     from diffusionz.payments import settings
 
@@ -600,153 +492,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     loaded = settings.load(path)
     loaded.require("rpc_urls", "mint", "treasury")
     return loaded
-
-
-def _assemble(settings: Settings, connection: Connection) -> Shop:
-    from diffusionz.payments.addresses import Addresses
-    from diffusionz.payments.chain import GENESIS_HASHES
-    from diffusionz.payments.deposits import Deposits, Pins
-    from diffusionz.payments.ledger import Ledger
-    from diffusionz.payments.rates import Rates
-
-    if settings.network not in GENESIS_HASHES:
-        settings.require("genesis_hash")
-    ledger = Ledger(connection)
-    rates = Rates.from_settings(settings, connection)
-
-    def sol_to_tokens(lamports: int, now: float) -> tuple[int, str]:
-        conversion = rates.convert_sol(lamports, now)
-        return conversion.tokens, str(conversion)
-
-    pins = Pins(
-        settings.genesis_hash or GENESIS_HASHES[settings.network],
-        str(settings.mint),
-        _program_of(settings.token_program),
-        settings.token_decimals,
-    )
-    deposits = Deposits(connection, ledger, pins, sol_to_tokens, treasury=str(settings.treasury))
-    return Shop(settings, connection, ledger, rates, Addresses(connection, settings.network), deposits)
-
-
-def _open(settings: Settings) -> Shop:
-    from diffusionz.payments.database import open_database
-
-    connection = open_database(settings.database)
-    try:
-        return _assemble(settings, connection)
-    except BaseException:
-        connection.close()
-        raise
-
-
-@contextlib.contextmanager
-def _opened(settings: Settings) -> Iterator[Shop]:
-    """The parts; the database has to be there, for none is made by mistake."""
-    if not os.path.exists(settings.database):
-        raise ArgumentError(f"database: there is no {settings.database}; `diffusionz wallet create` makes one")
-    shop = _open(settings)
-    try:
-        yield shop
-    finally:
-        shop.connection.close()
-
-
-@contextlib.asynccontextmanager
-async def _connected(settings: Settings) -> AsyncIterator[Chain]:
-    """The first node that answers. Raises ChainError when none does."""
-    from diffusionz.payments.chain import Chain
-    from diffusionz.payments.errors import ChainError
-
-    for last, url in ((url == settings.rpc_urls[-1], url) for url in settings.rpc_urls):
-        async with Chain.connect(url) as chain:
-            try:
-                await chain.genesis_hash()
-            except ChainError:
-                if last:
-                    raise
-                continue
-            yield chain
-            return
-
-
-def _seed_of(settings: Settings) -> Seed:
-    from diffusionz.payments.addresses import Seed
-
-    settings.require("seed_file")
-    return Seed.load(str(settings.seed_file))
-
-
-def _gas_of(settings: Settings) -> Keypair:
-    from solders.keypair import Keypair
-
-    from diffusionz.payments.errors import ConfigurationError
-
-    text = settings.secret("gas_key_file")
-    try:
-        return Keypair.from_json(text.decode())
-    except Exception:  # whose message may have some of the key
-        raise ConfigurationError(
-            f"gas_key_file: {settings.gas_key_file} is not a wallet; it must be a JSON list of 64 bytes"
-        ) from None
-
-
-def _refill(addresses: Addresses, seed: Seed, count: int) -> int:
-    """Adds the next addresses of the seed to the pool."""
-    from diffusionz.payments.addresses import derive_pool
-
-    (first,) = addresses.connection.execute(
-        "SELECT coalesce(max(position) + 1, 0) FROM deposit_addresses WHERE network = ? AND version = ?",
-        (addresses.network, seed.version),
-    ).fetchone()
-    return addresses.add(derive_pool(seed, addresses.network, first, count))
-
-
-def _program_of(name: str) -> str:
-    from spl.token.constants import TOKEN_2022_PROGRAM_ID, TOKEN_PROGRAM_ID
-
-    return str({"spl-token": TOKEN_PROGRAM_ID, "token-2022": TOKEN_2022_PROGRAM_ID}[name])
-
-
-def _program_name(address: str) -> str:
-    from diffusionz.payments.settings import TOKEN_PROGRAMS
-
-    return next(name for name in TOKEN_PROGRAMS if _program_of(name) == address)
-
-
-# --- The dev chain's own methods ---
-
-
-async def _new_mint(url: str) -> str:
-    """Makes a token on a dev chain, finally. Raises ArgumentError when the node is none."""
-    import secrets
-
-    try:
-        mint: str = await _call(url, "devnet_createMint", DEVNET_DECIMALS, f"token {secrets.token_hex(8)}")
-        await _call(url, "devnet_advance", FINALITY_SLOTS)
-    except DiffusionzError as error:
-        raise ArgumentError(
-            f"the cluster is no dev chain that makes tokens: give --mint and --treasury ({error})"
-        ) from None
-    return mint
-
-
-def _ask(settings: Settings, method: str, *params: object) -> Any:
-    return asyncio.run(_call(settings.rpc_urls[0], method, *params))
-
-
-async def _call(url: str, method: str, *params: object) -> Any:
-    """A JSON-RPC method that the client of Solana has no name for. Raises DiffusionzError."""
-    import httpx2
-
-    request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
-    try:
-        async with httpx2.AsyncClient() as client:
-            answer = (await client.post(url, json=request)).json()
-    except (httpx2.HTTPError, ValueError) as error:
-        raise DiffusionzError(f"{method}: the node does not answer: {type(error).__name__}") from None
-    if "result" not in answer:
-        raise DiffusionzError(f"{method}: {answer.get('error', {}).get('message', 'no result')}")
-    return answer["result"]
 
 
 # --- Helpers ---
@@ -778,11 +523,6 @@ def _time(seconds: int | None) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _write_private(path: Any, text: str) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-
-
 def _address(text: str) -> str:
     """Raises ArgumentError for what is no wallet's address."""
     from diffusionz.payments.addresses import parse_address
@@ -796,10 +536,13 @@ def _address(text: str) -> str:
 
 def _units(amount: Decimal, decimals: int, what: str) -> int:
     """A decimal number as base units, exact. Raises ArgumentError."""
-    scaled = amount.scaleb(decimals)
-    if scaled != int(scaled) or scaled >= 2**63:
-        raise ArgumentError(f"{what} is {amount}; it may have {decimals} decimals, and 2^63-1 base units")
-    return int(scaled)
+    from diffusionz.payments.errors import AmountError
+    from diffusionz.payments.shop import base_units
+
+    try:
+        return base_units(amount, decimals, what)
+    except AmountError as error:
+        raise ArgumentError(str(error)) from None
 
 
 def _amount(text: str) -> Decimal:
