@@ -111,6 +111,35 @@ Replays the journal, reckons every price again, and holds every balance against 
 is not as it must be; it begins with FAIL.
 """
 
+_ALARMS_EPILOG = """\
+examples:
+  diffusionz wallet alarms
+  diffusionz wallet alarms --clear "stray tokens" ACCOUNT  when you have looked after it
+
+What watchers and sweepers told the operator and could not put right. Those about balances, frozen accounts and the gas
+wallet that are over are cleared by themselves; one that was cleared is raised again while its cause lasts.
+"""
+
+_RATES_EPILOG = """\
+examples:
+  diffusionz wallet rates
+  diffusionz wallet rates --approve sample:17              lets it count, and what follows be judged against it
+  diffusionz wallet rates --approve high:4                 raises the all-time high to it
+
+The rates of this moment, or why there is none, and what is in quarantine: samples that jumped, and highs that grew too
+fast. Look at the markets before you approve: one trade on a thin pool can make a price. Your name is kept with it.
+"""
+
+_KEY_EPILOG = """\
+examples:
+  KEY=$(diffusionz wallet key alice)                       a new key, shown this once
+  diffusionz wallet key alice --name tests --services zimage,chronos2 --daily-limit 500
+  diffusionz wallet key alice --list
+  diffusionz wallet key alice --revoke 7kQ2mXb9
+
+For the operator's own tests: users make their keys on the server's page. The limit is in tokens a day (UTC).
+"""
+
 _BACKUP_EPILOG = """\
 examples:
   diffusionz wallet backup /backups/shop-2026-11-22.db
@@ -175,6 +204,21 @@ def add_commands(parser: argparse.ArgumentParser, new_command: Callable[..., arg
     add = command("audit", "replay the ledger, ask the chain, print every invariant", _AUDIT_EPILOG, _audit)
     add("--offline", action="store_true", help="without the chain")
     add("--thorough", action="store_true", help="read every history and recorded transaction")
+
+    add = command("alarms", "list what needs the operator, or clear it", _ALARMS_EPILOG, _alarms)
+    add("--clear", nargs=2, metavar=("KIND", "SUBJECT"), help="as they are listed")
+
+    add = command("rates", "show the rates and their quarantine, or approve one", _RATES_EPILOG, _rates)
+    add("--approve", metavar="ID", help="as it is listed, such as sample:17")
+    add("--operator", metavar="NAME", help="who approves (default: the user who runs this)")
+
+    add = command("key", "make an API key, list an account's, or revoke one", _KEY_EPILOG, _key)
+    add("account", metavar="ACCOUNT", help="alice is short for user:alice")
+    add("--name", default="", metavar="TEXT", help="what lists call it")
+    add("--services", type=_names, metavar="A,B", help="what it is good for (default: all)")
+    add("--daily-limit", type=_amount, metavar="X", help="tokens a day (default: the balance is the limit)")
+    add("--list", action="store_true", help="print the account's keys")
+    add("--revoke", metavar="ID", help="the key's letters after the prefix, as they are listed")
 
     add = command("backup", "copy the ledger while it is in use", _BACKUP_EPILOG, _backup)
     add("file", metavar="FILE", help="a new file")
@@ -285,7 +329,7 @@ def _deposit(args: argparse.Namespace) -> int:
         if args.refill is not None:
             added = refill(shop.addresses, seed_of(settings), args.refill)
             return _done(args, {"added": added, "free": shop.addresses.free()}, f"{added} more addresses")
-        account = args.account if ":" in args.account else f"user:{args.account}"
+        account = _account(args.account)
         if args.new:
             shop.ledger.open_account(account, "user")
         balance = shop.ledger.balance(account)
@@ -415,6 +459,94 @@ def _audit(args: argparse.Namespace) -> int:
     return 0 if report.clean else 1
 
 
+def _alarms(args: argparse.Namespace) -> int:
+    from diffusionz.payments.shop import opened
+
+    with opened(_settings(args)) as shop:
+        alarms = shop.deposits.alarms()
+        if args.clear:
+            kind, subject = args.clear
+            if (kind, subject) not in {alarm[:2] for alarm in alarms}:
+                raise DiffusionzError(f"there is no alarm {kind!r} about {subject!r}")
+            shop.deposits.clear_alarm(kind, subject)
+            return _done(args, {"cleared": {"kind": kind, "subject": subject}}, f"cleared: {kind}: {subject}")
+    listed = [{"kind": kind, "subject": subject, "detail": detail} for kind, subject, detail in alarms]
+    text = "\n".join(f"{kind}: {subject}: {detail}" for kind, subject, detail in alarms)
+    return _done(args, {"alarms": listed}, text or "none")
+
+
+def _rates(args: argparse.Namespace) -> int:
+    import getpass
+    import time
+
+    from diffusionz.payments.errors import RateError
+    from diffusionz.payments.rates import usd
+    from diffusionz.payments.shop import opened
+
+    with opened(_settings(args)) as shop:
+        rates, now = shop.rates, time.time()
+        if args.approve:
+            operator = args.operator or getpass.getuser()
+            rates.approve(args.approve, operator, now)
+            about = {"approved": args.approve, "operator": operator}
+            return _done(args, about, f"{args.approve} was approved by {operator}")
+        current: dict[str, Any] = {}
+        lines = []
+        labels = {"ath": "token, all-time high", "market": "token, market", "sol": "SOL, market"}
+        for name, label in labels.items():
+            try:
+                rate = rates.sol_rate(now) if name == "sol" else rates.token_rate(name, now)  # type: ignore[arg-type]
+                current[name] = {"usd": usd(rate.pico_usd), "at": rate.at}
+                lines.append(f"{label:22}{usd(rate.pico_usd)} USD, {_time(rate.at)}")
+            except RateError as error:
+                current[name] = {"usd": None, "why": str(error)}
+                lines.append(f"{label:22}none: {error}")
+        waiting = rates.quarantined()
+    current["quarantine"] = [
+        {"id": w.id, "asset": w.asset, "at": w.at, "usd": usd(w.rate), "reference": usd(w.reference)} for w in waiting
+    ]
+    for w in waiting:
+        lines.append(f"{w.id:22}{usd(w.rate)} USD for a {w.asset}, {_time(w.at)}; it was {usd(w.reference)}")
+    return _done(args, current, "\n".join(lines + ([] if waiting else ["nothing is in quarantine"])))
+
+
+def _key(args: argparse.Namespace) -> int:
+    from diffusionz.payments.keys import PREFIX, Keys
+    from diffusionz.payments.shop import opened
+
+    if args.list and args.revoke:
+        raise ArgumentError("give --list or --revoke ID")
+    settings = _settings(args)
+    account = _account(args.account)
+    with opened(settings) as shop:
+        keys = Keys.from_settings(settings, shop.connection)
+        if args.list:
+            shop.ledger.balance(account)  # so that a misspelt name is an error
+            found = keys.list(account)
+            text = "\n".join(_key_line(key, settings) for key in found)
+            return _done(args, {"account": account, "keys": [_key_about(key) for key in found]}, text or "none")
+        if args.revoke:
+            revoked = keys.revoke(account, args.revoke.removeprefix(PREFIX).removesuffix("…"))
+            return _done(args, _key_about(revoked), f"revoked: {revoked.shown}")
+        limit = args.daily_limit and _units(args.daily_limit, settings.token_decimals, "--daily-limit")
+        made = keys.create(account, name=args.name, services=args.services, daily_limit=limit)
+    return _done(args, _key_about(made.key) | {"secret": made.secret}, made.secret)
+
+
+def _key_about(key: Key) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(key)
+
+
+def _key_line(key: Key, settings: Settings) -> str:
+    limit = "no limit" if key.daily_limit is None else f"{_shown(key.daily_limit, settings)} a day"
+    services = "all services" if key.services is None else ", ".join(key.services)
+    used = "never used" if key.used_at is None else f"used {_time(key.used_at)}"
+    revoked = "" if key.revoked_at is None else f"; revoked {_time(key.revoked_at)}"
+    return f"{key.shown}  {key.name or '(no name)'}; {services}; {limit}; {used}{revoked}"
+
+
 def _backup(args: argparse.Namespace) -> int:
     import dataclasses
 
@@ -523,6 +655,10 @@ def _time(seconds: int | None) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+def _account(text: str) -> str:
+    return text if ":" in text else f"user:{text}"
+
+
 def _address(text: str) -> str:
     """Raises ArgumentError for what is no wallet's address."""
     from diffusionz.payments.addresses import parse_address
@@ -553,6 +689,10 @@ def _amount(text: str) -> Decimal:
     if not amount.is_finite() or amount <= 0 or abs(amount.adjusted()) > 20:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return amount
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _whole(text: str, least: int, most: int) -> int:

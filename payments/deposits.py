@@ -190,6 +190,17 @@ class Waiting(NamedTuple):
     reason: str
 
 
+class Credit(NamedTuple):
+    """What was credited to a user: tokens in base units, for a deposit of "token" or "SOL" at a rate, in words.
+    signature is that of the deposit, or of the last of several; at in seconds since 1970."""
+
+    tokens: int
+    currency: str
+    rate: str
+    signature: str
+    at: int
+
+
 class Deposits:
     """The evidence and its double entries in one database. Any number of processes may record the same chain."""
 
@@ -320,6 +331,15 @@ class Deposits:
     def waiting(self, user: str | None = None) -> list[Waiting]:
         """The deposits that are recorded and not credited, oldest first; of one of the ledger's accounts, or all."""
         return [Waiting(*row[1:]) for row in self._waiting(user)]
+
+    def credits(self, user: str, limit: int = 20) -> list[Credit]:
+        """What was credited to one of the ledger's accounts for its deposits, newest first."""
+        rows = self.connection.execute(
+            "SELECT t.amount, iif(t.debit = 'chain:sol', ?, 'token'), c.rate, t.note, t.created_at FROM transfers AS t"
+            " JOIN credits AS c ON c.transfer = t.id WHERE t.credit = ? ORDER BY t.seq DESC LIMIT ?",
+            (SOL, user, limit),
+        )
+        return [Credit(*row) for row in rows]
 
     def show_arriving(self, amounts: Iterable[tuple[str, int]]) -> None:
         """Replaces what is shown as arriving in each of these accounts of the chain; 0 or less: nothing is."""

@@ -1,0 +1,479 @@
+"""The ledger as the server's event loop uses it: every method is awaited, and none blocks the loop.
+
+    async with Credits(settings) as credits:
+        key = await credits.authenticate(secret)
+        hold = await credits.hold(key, key.account, "zimage", 1, call_id, request_hash, ttl_s=120)
+        ...                                             # the work
+        await credits.post(key, hold.call_id)           # or credits.void(key, hold.call_id, "engine_error")
+
+A commit waits for the disk, and a locked ledger until its lock is free, so the database has one thread of its own with
+one connection; what is asked is done there in turn. A request that is cancelled while it waits is done all the same,
+but for a hold, which is voided. Deposits, rates and the end of forgotten holds are the Keeper's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Self, TypeVar
+
+from diffusionz.payments.charges import Charges, Failure, Hold
+from diffusionz.payments.database import Connection, immediate, snapshot
+from diffusionz.payments.deposits import SOL
+from diffusionz.payments.errors import AmountError, ConflictError, RateError, StorageError
+from diffusionz.payments.identity import Challenge, Identity, SignedIn
+from diffusionz.payments.keys import Key, Keys, NewKey
+from diffusionz.payments.notices import Notices
+from diffusionz.payments.prices import PriceBook
+from diffusionz.payments.rates import SOL_DECIMALS, usd
+from diffusionz.payments.settings import Settings
+from diffusionz.payments.shop import Shop, assemble, open_connection
+
+T = TypeVar("T")
+
+# How long a request waits for a locked ledger, from when it was asked: those that queue up wait beside each other.
+BUSY_TIMEOUT_S = 2.0
+# How long the end of a call is tried again: what was delivered has to be paid.
+RESOLVE_S = 10.0
+RETRY_S = 0.05  # doubles each time, up to a second
+PRICING_S = 1.0  # how old an answer of `pricing` may be
+
+
+class Credits:
+    """The account side of a server. `open` before the first use, `close` after the last."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._thread = _Thread()
+        self._connection: Connection
+        self._pricing: tuple[float, dict[str, Any]] = (0.0, {})
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Opens the database, which has to be there. Raises ConfigurationError, StorageError."""
+        self._thread.start()
+        try:
+            await self._thread.run(self._open)
+        except BaseException:
+            await self._thread.close(self._close)
+            raise
+
+    async def close(self) -> None:
+        """Ends when everything that was asked before is done."""
+        await self._thread.close(self._close)
+
+    # Calls.
+
+    async def authenticate(self, secret: str) -> Key:
+        """Raises IdentityError."""
+        return await self._run(lambda: self._keys.authenticate(secret))
+
+    async def hold(
+        self, key: Key | None, account: str, service: str, units: int, call_id: str, request_hash: str, ttl_s: int
+    ) -> Hold:
+        """Reserves what a call costs (charges.hold), and counts it against the key's limit of the day: both or neither.
+
+        Without a key the account's owner asks, and nothing but the balance is the limit. Raises what charges.hold
+        raises, IdentityError when the key is not for the service or its limit is reached, and StorageError.
+        """
+        if key is not None and key.account != account:
+            raise ConflictError(f"the key {key.shown} is not {account}'s")
+        made = False
+
+        def work() -> Hold:
+            nonlocal made
+            with immediate(self._connection):
+                if key is not None:
+                    self._keys.check_service(key, service)
+                hold = self._charges.hold(account, service, units, call_id, request_hash, ttl_s)
+                if key is not None and hold.created:
+                    self._keys.spend(key, call_id, hold.tokens)
+            made = hold.created
+            return hold
+
+        try:
+            return await self._run(work)
+        except asyncio.CancelledError:
+            # Nobody will ever know of this hold; after it in the queue, so that it is there if it is to be.
+            with contextlib.suppress(StorageError):  # it is closed: the hold expires
+                self._thread.send(lambda: self._void(key, call_id, "the client left") if made else None)
+            raise
+
+    async def post(self, key: Key | None, call_id: str, units: int | None = None) -> Hold:
+        """Charges what was delivered (charges.post). A ledger that cannot be written is tried for RESOLVE_S.
+
+        Raises what charges.post raises, and StorageError: then nothing is charged.
+        """
+        return await self._persistently(lambda: self._post(key, call_id, units))
+
+    async def void(self, key: Key | None, call_id: str, reason: str = "") -> Hold:
+        """Gives back all that is held (charges.void), tried as long as `post`. Raises what charges.void raises, and
+        StorageError: then the hold stays until it expires."""
+        return await self._persistently(lambda: self._void(key, call_id, reason))
+
+    async def refund(self, call_id: str, failure: Failure, key: Key | None = None) -> Hold:
+        """Gives back what was charged (charges.refund), to the key's limit too, tried as long as `post`."""
+
+        def work() -> Hold:
+            with immediate(self._connection):
+                return self._settled(key, self._charges.refund(call_id, failure))
+
+        return await self._persistently(work)
+
+    async def find(self, call_id: str) -> Hold | None:
+        """The call, whoever's it is: compare `account` before you show it. Raises IdentifierError."""
+        return await self._run(lambda: self._charges.find(call_id))
+
+    # What people see of their account. Amounts are base units, times seconds since 1970.
+
+    async def balance(self, account: str) -> dict[str, Any]:
+        """posted, held and available, their worth at the all-time high (usd, None without a trusted rate), and what is
+        on its way: arriving (not final), waiting (final, and not credited yet). Raises NotFoundError."""
+
+        def work() -> dict[str, Any]:
+            with snapshot(self._connection):
+                balance = self._shop.ledger.balance(account)
+                arriving = self._shop.deposits.arriving(account)
+                waiting = self._shop.deposits.waiting(account)
+                worth = None
+                with contextlib.suppress(RateError):
+                    rate = self._shop.rates.token_rate("ath", time.time())
+                    worth = _usd(rate.micro_usd(balance.available))
+            return {
+                "account": account,
+                "posted": balance.posted,
+                "held": balance.held,
+                "available": balance.available,
+                "decimals": self.settings.token_decimals,
+                "symbol": self.settings.token_symbol,
+                "usd": worth,
+                "arriving": [self._amount(mint, amount) for mint, amount in arriving],
+                "waiting": [
+                    self._amount(row.mint, row.amount) | {"reason": row.reason, "signature": row.signature}
+                    for row in waiting
+                ],
+            }
+
+        return await self._run(work)
+
+    async def history(self, account: str, limit: int = 100, before: int | None = None) -> list[dict[str, Any]]:
+        """Newest first; see Ledger.history. Raises NotFoundError, AmountError."""
+
+        def work() -> list[dict[str, Any]]:
+            return [
+                {
+                    "seq": line.seq,
+                    "id": line.id,
+                    "kind": line.kind,
+                    "code": line.code,
+                    "counterparty": line.counterparty,
+                    "amount": line.amount,
+                    "posted": line.posted,
+                    "held": line.held,
+                    "note": line.note,
+                    "created_at": line.created_at,
+                }
+                for line in self._shop.ledger.history(account, limit, before)
+            ]
+
+        return await self._run(work)
+
+    async def pricing(self) -> dict[str, Any]:
+        """What is for sale: in USD, and in base units at this moment's rate, for `per` units; or why there is no
+        price in tokens. rates: USD for a token that the prices were turned with."""
+        made_at, pricing = self._pricing
+        if time.monotonic() - made_at > PRICING_S or not pricing:
+            pricing = await self._run(self._price_list)
+            self._pricing = time.monotonic(), pricing
+        return pricing
+
+    # Signing in.
+
+    async def challenge(self, address: str, client: str) -> Challenge:
+        """See Identity.challenge. Raises IdentityError, LimitError; ConfigurationError where no domain is set."""
+        return await self._run(lambda: self._identity().challenge(address, client))
+
+    async def sign_in(self, address: str, nonce: str, signature: str | bytes) -> SignedIn:
+        """See Identity.sign_in. Raises IdentityError."""
+        return await self._run(lambda: self._identity().sign_in(address, nonce, signature))
+
+    async def link_challenge(self, account: str, address: str, client: str) -> Challenge:
+        """See Identity.link_challenge. Raises IdentityError, LimitError."""
+        return await self._run(lambda: self._identity().link_challenge(account, address, client))
+
+    async def link(self, address: str, nonce: str, signature: str | bytes) -> SignedIn:
+        """See Identity.link. Raises IdentityError, ConflictError."""
+        return await self._run(lambda: self._identity().link(address, nonce, signature))
+
+    async def wallets(self, account: str) -> list[str]:
+        """The addresses that may sign in to the account."""
+        return await self._run(lambda: self._identity().wallets(account))
+
+    # Deposits.
+
+    async def deposit_address(self, account: str) -> dict[str, Any]:
+        """Where the account's owner may send tokens and SOL, and what was credited so far. The same address until a
+        deposit to it is final. Raises NotFoundError, AddressError when the pool is empty."""
+
+        def work() -> dict[str, Any]:
+            addresses = self._shop.addresses
+            with immediate(self._connection):  # so that two who ask at once get the same
+                unused = addresses.unused(account)
+                address = unused[0] if unused else addresses.issue(account)
+            settings = self.settings
+            return {
+                "address": address,
+                "network": settings.network,
+                "mint": settings.mint,
+                "decimals": settings.token_decimals,
+                "symbol": settings.token_symbol,
+                "currencies": [
+                    {"currency": settings.token_symbol, "decimals": settings.token_decimals, "mint": settings.mint},
+                    {"currency": SOL, "decimals": SOL_DECIMALS, "mint": None},
+                ],
+                "arriving": [self._amount(mint, n) for mint, n in self._shop.deposits.arriving(account)],
+                "deposits": [
+                    {
+                        "tokens": credit.tokens,
+                        "currency": self._currency(credit.currency),
+                        "rate": credit.rate,
+                        "signature": credit.signature,
+                        "created_at": credit.at,
+                    }
+                    for credit in self._shop.deposits.credits(account)
+                ],
+            }
+
+        return await self._run(work)
+
+    # Keys and e-mails.
+
+    async def keys(self, account: str) -> list[Key]:
+        """All of the account's keys, revoked ones too."""
+        return await self._run(lambda: self._keys.list(account))
+
+    async def create_key(
+        self, account: str, name: str = "", services: Iterable[str] | None = None, daily_limit: int | None = None
+    ) -> NewKey:
+        """See Keys.create; services have to be for sale. Raises NotFoundError, IdentifierError, AmountError,
+        IdentityError."""
+
+        def work() -> NewKey:
+            wanted = None if services is None else list(services)
+            for service in wanted or ():
+                self._book.service(service)
+            return self._keys.create(account, name=name, services=wanted, daily_limit=daily_limit)
+
+        return await self._run(work)
+
+    async def revoke_key(self, account: str, id: str) -> Key:
+        """Raises NotFoundError."""
+        return await self._run(lambda: self._keys.revoke(account, id))
+
+    async def set_daily_limit(self, account: str, id: str, daily_limit: int | None) -> Key:
+        """Raises NotFoundError, AmountError."""
+        return await self._run(lambda: self._keys.set_daily_limit(account, id, daily_limit))
+
+    async def subscribe(self, account: str, email: str, low_balance: int | None = None) -> None:
+        """See Notices.subscribe. Raises ConfigurationError where no e-mail is sent, IdentifierError, AmountError."""
+        self.settings.require("smtp_host")
+        await self._run(lambda: self._notices.subscribe(account, email, low_balance=low_balance))
+
+    async def unsubscribe(self, account: str) -> None:
+        await self._run(lambda: self._notices.unsubscribe(account))
+
+    # Inside; all of it in the thread.
+
+    def _open(self) -> None:
+        connection = open_connection(self.settings, busy_timeout_s=BUSY_TIMEOUT_S)
+        try:
+            self._keys = Keys.from_settings(self.settings, connection)
+            self._shop: Shop = assemble(self.settings, connection)
+            self._book = PriceBook(self.settings.prices, self._shop.rates)
+            self._charges = Charges(self._shop.ledger, self._book)
+            self._notices = Notices.from_settings(self.settings, connection)
+            self._signing = Identity.from_settings(self.settings, self._shop.ledger) if self.settings.domain else None
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        self._waits_ms = round(BUSY_TIMEOUT_S * 1000)
+
+    def _close(self) -> None:
+        if hasattr(self, "_connection"):
+            self._connection.close()
+
+    def _identity(self) -> Identity:
+        self.settings.require("domain")
+        assert self._signing is not None
+        return self._signing
+
+    def _post(self, key: Key | None, call_id: str, units: int | None) -> Hold:
+        with immediate(self._connection):
+            hold = self._settled(key, self._charges.post(call_id, units))
+        if self.settings.smtp_host is not None:
+            self._notices.balance_is(hold.account, self._shop.ledger.balance(hold.account).available)
+        return hold
+
+    def _void(self, key: Key | None, call_id: str, reason: str) -> Hold:
+        with immediate(self._connection):
+            return self._settled(key, self._charges.void(call_id, reason))
+
+    def _settled(self, key: Key | None, hold: Hold) -> Hold:
+        """Counts against the key's limit what the call has cost in the end."""
+        if key is not None:
+            self._keys.settle(key, hold.call_id, hold.charged if hold.state == "posted" else 0)
+        return hold
+
+    def _price_list(self) -> dict[str, Any]:
+        now = time.time()
+        rates: dict[str, str | None] = {"ath": None, "market": None}
+        services = []
+        for service in self._book.services.values():
+            tokens, why = None, None
+            try:
+                quote = self._book.quote(service.name, now=now)
+                tokens, rates[service.kind] = quote.tokens, usd(quote.rate.pico_usd)
+            except (RateError, AmountError) as error:
+                why = str(error)
+            services.append(
+                {
+                    "name": service.name,
+                    "usd": _usd(service.micro_usd),
+                    "unit": service.unit,
+                    "per": service.per,
+                    "first_party": service.first_party,
+                    "tokens": tokens,
+                    "why": why,
+                }
+            )
+        token = {
+            "symbol": self.settings.token_symbol,
+            "mint": self.settings.mint,
+            "decimals": self.settings.token_decimals,
+            "network": self.settings.network,
+        }
+        return {"services": services, "rates": rates, "token": token}
+
+    def _amount(self, mint: str, amount: int) -> dict[str, Any]:
+        decimals = SOL_DECIMALS if mint == SOL else self.settings.token_decimals
+        return {"currency": self._currency(mint), "amount": amount, "decimals": decimals}
+
+    def _currency(self, mint: str) -> str:
+        return SOL if mint == SOL else self.settings.token_symbol
+
+    # Between the loop and the thread.
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        """Does the work in the thread. It waits for a locked ledger until BUSY_TIMEOUT_S after now."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+
+        def patiently() -> T:
+            # Asked for at each request: behind a locked ledger a queue builds up, whose requests have waited already.
+            left_ms = max(round((deadline - time.monotonic()) * 1000), 0)
+            if abs(left_ms - self._waits_ms) > 20:
+                self._connection.execute(f"PRAGMA busy_timeout = {left_ms}")
+                self._waits_ms = left_ms
+            return work()
+
+        return await self._thread.run(patiently)
+
+    async def _persistently(self, work: Callable[[], T]) -> T:
+        """Does the work, again after a StorageError until RESOLVE_S have passed."""
+        deadline, pause = time.monotonic() + RESOLVE_S, RETRY_S
+        while True:
+            try:
+                return await self._run(work)
+            except StorageError:
+                if time.monotonic() + pause > deadline:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+
+class _Thread:
+    """Does what the loop's tasks ask, one after the other, in a thread of its own.
+
+    Two hops cost less than a ThreadPoolExecutor's: no lock and no object for other threads to wait at, and one wake-up
+    of the loop for all results that are there when it comes.
+    """
+
+    def __init__(self) -> None:
+        self._requests: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any] | None] | None] = (
+            queue.SimpleQueue()
+        )
+        self._results: collections.deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = collections.deque()
+        self._awake = False  # the loop was told, and has not come yet
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="diffusionz-credits", daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        future: asyncio.Future[T] = self._loop.create_future()
+        self.send(work, future)
+        return await future
+
+    def send(self, work: Callable[[], object], future: asyncio.Future[Any] | None = None) -> None:
+        """Without a future nobody learns what comes of it."""
+        if self._closed:
+            raise StorageError("the ledger is closed")
+        self._requests.put((work, future))
+
+    async def close(self, last: Callable[[], object]) -> None:
+        """Does `last` after everything that was asked before; whatever is asked later raises StorageError."""
+        if self._closed or self._thread is None:
+            return
+        done: asyncio.Future[None] = self._loop.create_future()
+        self.send(last, done)
+        self._closed = True
+        self._requests.put(None)
+        await done
+
+    def _work(self) -> None:
+        while (request := self._requests.get()) is not None:
+            work, future = request
+            result, failure = None, None
+            try:
+                result = work()
+            except BaseException as error:  # a panic in solders is no Exception
+                failure = error
+            if future is not None:
+                self._results.append((future, result, failure))
+                if not self._awake:
+                    self._awake = True
+                    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                        self._loop.call_soon_threadsafe(self._deliver)
+            del request, work, future, result, failure  # not kept until the next request
+
+    def _deliver(self) -> None:
+        self._awake = False  # first, so that what comes from now on wakes the loop again
+        while self._results:
+            future, result, failure = self._results.popleft()
+            if future.cancelled():
+                continue
+            if failure is not None:
+                future.set_exception(failure)
+            else:
+                future.set_result(result)
+
+
+def _usd(micro_usd: int) -> str:
+    """Micro-USD as a decimal number of USD, exact, with cents."""
+    whole, fraction = divmod(micro_usd, 10**6)
+    cents, rest = divmod(fraction, 10**4)
+    return f"{whole}.{cents:02d}" + (f"{rest:04d}".rstrip("0") if rest else "")
