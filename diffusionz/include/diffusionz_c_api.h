@@ -24,8 +24,9 @@
  *     }
  *
  * Ownership. What the library allocates it frees: a context with diffusionz_free, the memory inside a result with
- *   diffusionz_free_result, a task with diffusionz_task_free, a `char *` with diffusionz_free_string. A `const char *`
- *   that a function returns is borrowed, and its comment says until when. Nothing that a caller passes in is kept.
+ *   diffusionz_free_result, inside a preview with diffusionz_free_preview, a task with diffusionz_task_free, a `char *` with
+ *   diffusionz_free_string. A `const char *` that a function returns is borrowed, and its comment says until when. Nothing
+ *   that a caller passes in is kept.
  * Threads. Every function may be called from any thread. Calls on one context queue in the order of their arrival;
  *   calls on different contexts run side by side, and contexts of one model share its weights. On the CPU a call works on
  *   several threads, which spin while they wait for each other: on a machine that is busy with other things, set
@@ -179,6 +180,19 @@ typedef struct {
     float forecast_ms;
 } DiffusionZProgress;
 
+/* A picture in the making: what it would become if the rest of its way were straight. Coarse at first, then ever closer to the picture. */
+typedef struct {
+    uint32_t struct_size;  /* set by the caller to sizeof(DiffusionZPreview) */
+    int32_t image;         /* which of the call's pictures this is of, from 0 */
+    int32_t preview;       /* which of that picture's previews, from 0 */
+    int32_t preview_count; /* previews of that picture in all */
+    int32_t step;          /* steps of that picture done by then */
+    int32_t step_count;    /* steps of that picture in all */
+    int32_t width;         /* pixels: half the picture's */
+    int32_t height;        /* likewise */
+    uint8_t *rgb;          /* raw uint8 [height, width, 3], rows from the top, no padding; NULL when there is no preview */
+} DiffusionZPreview;
+
 typedef struct {
     uint32_t struct_size;      /* set by the caller to sizeof(DiffusionZDeviceInfo) */
     int32_t device_id;         /* -1 the CPU */
@@ -271,12 +285,27 @@ DIFFUSIONZ_API int32_t diffusionz_generate_batch(DiffusionZContext *ctx, const D
 /* A task serves one call (diffusionz_generate_batch, chronos_forecast, chronos_embed); a second use of it is E_ARGUMENT. NULL when memory is out. */
 DIFFUSIONZ_API DiffusionZTask *diffusionz_task_new(void);
 
-/* Asks the task's call to stop, before or while it runs: it returns E_CANCELLED within one transformer step. Never lost:
- * a task cancelled before its call begins ends that call at once. Quiet when the call is over. */
+/* Asks the task's call to stop, before or while it runs: it returns E_CANCELLED within one transformer step or preview. Never
+ * lost: a task cancelled before its call begins ends that call at once. Quiet when the call is over. */
 DIFFUSIONZ_API void diffusionz_task_cancel(DiffusionZTask *task);
 
 /* Poll from any thread while the call runs, or after it for the times it took. E_ARGUMENT. */
 DIFFUSIONZ_API int32_t diffusionz_task_progress(const DiffusionZTask *task, DiffusionZProgress *progress);
+
+/* Before the task's call: has it make `count` previews of each picture, 0..999; 0 is none (default). Preview k of n (k from 1) is made after
+ * step k * steps / (n + 1), rounded down: so never after the last step. Where n is not under the steps, there is one after each step but the last.
+ * A preview takes about a quarter of the time that decoding its picture does, which counts as the denoise stage's, and a VAE that max_vram_bytes
+ * keeps on the host comes for each. One that there is no memory for is left out. The pictures are the same, bit for bit. Forecasts have none.
+ * E_ARGUMENT also for a task that was handed to a call. */
+DIFFUSIONZ_API int32_t diffusionz_task_keep_previews(DiffusionZTask *task, int32_t count);
+
+/* Hands out the newest preview that nobody took yet: the caller frees it with diffusionz_free_preview. With none there, `rgb` is NULL and the
+ * other fields are 0, which is no error. The task holds one preview at most, of all its pictures: a newer one replaces it. Poll from any
+ * thread while the call runs, or after it. E_ARGUMENT. */
+DIFFUSIONZ_API int32_t diffusionz_task_take_preview(DiffusionZTask *task, DiffusionZPreview *preview);
+
+/* Frees what a preview holds and empties it; a second call and NULL are fine. */
+DIFFUSIONZ_API void diffusionz_free_preview(DiffusionZPreview *preview);
 
 /* Not before the task's call has returned. NULL is fine. */
 DIFFUSIONZ_API void diffusionz_task_free(DiffusionZTask *task);

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from diffusionz.chronos2 import Embedding as Embedding
     from diffusionz.forecast import Forecast as Forecast
     from diffusionz.image import Image as Image
+    from diffusionz.progress import Preview as Preview
     from diffusionz.progress import Progress as Progress
     from diffusionz.zimage import ZImage as ZImage
 
@@ -50,6 +51,7 @@ _HOMES = {
     "LoraError": "_errors",
     "ModelError": "_errors",
     "OutOfMemoryError": "_errors",
+    "Preview": "progress",
     "Progress": "progress",
     "ZImage": "zimage",
 }

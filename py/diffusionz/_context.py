@@ -123,16 +123,18 @@ def watched(
     *,
     unit: str = "step",
     patience: float = 0.0,
+    on_tick: Callable[[Any], object] | None = None,
 ) -> tuple[Value, Progress]:
     """(`work(task)`, where its task stood at the end), for a call of the library with a `DiffusionZTask *`.
 
     `on_progress` and `progress` are those of `ZImage.generate`; the bar counts in `unit`s and appears when the call has
-    lasted `patience` seconds. What `on_progress` raises, and Ctrl-C, stop the call and are raised.
+    lasted `patience` seconds. `on_tick` is called with the task as often as `on_progress`. What either raises, and
+    Ctrl-C, stop the call and are raised.
     """
     from diffusionz._ffi import ffi, lib
 
     task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
-    watch = Watch(task, on_progress, progress, unit=unit, patience=patience)
+    watch = Watch(task, on_progress, progress, unit=unit, patience=patience, on_tick=on_tick)
     try:
         value = _blocking.run(
             lambda: work(task),

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from diffusionz.image import Image
+
 # Indexed by DIFFUSIONZ_STAGE_*; tests/python holds them against the header.
 STAGES = ("idle", "queued", "text", "denoise", "decode", "done", "forecast")
 
@@ -31,6 +33,24 @@ class Progress(NamedTuple):
     forecast_ms: float
 
 
+class Preview(NamedTuple):
+    """A picture in the making: what it would become if the rest of its way were straight."""
+
+    image: int
+    """Which picture of the call this is of, from 0: the index into what `generate_batch` returns."""
+    preview: int
+    """Which of that picture's previews, from 0."""
+    preview_count: int
+    """Previews of that picture in all."""
+    step: int
+    """Steps of that picture done by then."""
+    step_count: int
+    """Steps of that picture in all."""
+    picture: Image
+    """The preview itself, half as wide and high as the picture will be, with its seed. It has no timings, and no
+    metadata: it is not what those parameters draw."""
+
+
 def read_progress(task: Any) -> Progress:
     """The moment that a `DiffusionZTask *` is in."""
     from diffusionz._ffi import check, ffi, lib
@@ -49,6 +69,22 @@ def read_progress(task: Any) -> Progress:
         now.decode_ms,
         now.forecast_ms,
     )
+
+
+def take_preview(task: Any, seed: int) -> Preview | None:
+    """The newest preview of a `DiffusionZTask *` that was not taken yet. `seed` is that of the call's first picture."""
+    from diffusionz._ffi import check, ffi, lib
+
+    now = ffi.new("DiffusionZPreview *", {"struct_size": ffi.sizeof("DiffusionZPreview")})
+    check(lib.diffusionz_task_take_preview(task, now))
+    if now.rgb == ffi.NULL:
+        return None
+    try:
+        rgb = bytearray(ffi.buffer(now.rgb, 3 * now.width * now.height))
+        picture = Image(rgb, now.width, now.height, seed=seed + now.image, timings={}, metadata_json="{}")
+        return Preview(now.image, now.preview, now.preview_count, now.step, now.step_count, picture)
+    finally:
+        lib.diffusionz_free_preview(now)
 
 
 class Bar:
@@ -82,10 +118,13 @@ class Watch:
         *,
         unit: str = "step",
         patience: float = 0.0,
+        on_tick: Callable[[Any], object] | None = None,
     ) -> None:
-        """`bar`: whether to show one, after `patience` seconds; None shows it in a terminal."""
+        """`bar`: whether to show one, after `patience` seconds; None shows it in a terminal. `on_tick` is called with
+        the task after the others."""
         self._task = task
         self._on_progress = on_progress
+        self._on_tick = on_tick
         self._unit = unit
         self._bar: Bar | None = None
         self._wants_bar = sys.stderr is not None and sys.stderr.isatty() if bar is None else bar
@@ -93,7 +132,7 @@ class Watch:
 
     @property
     def wanted(self) -> bool:
-        return self._wants_bar or self._on_progress is not None
+        return self._wants_bar or self._on_progress is not None or self._on_tick is not None
 
     def tick(self) -> None:
         if not self.wanted:
@@ -106,6 +145,8 @@ class Watch:
                 self._bar.update(now)
         if self._on_progress is not None:
             self._on_progress(now)
+        if self._on_tick is not None:
+            self._on_tick(self._task)
 
     def close(self) -> None:
         if self._bar is not None:

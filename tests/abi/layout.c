@@ -71,6 +71,17 @@ FIELD(DiffusionZProgress, decode_ms, 36);
 FIELD(DiffusionZProgress, forecast_ms, 40);
 SIZE(DiffusionZProgress, 44);
 
+FIELD(DiffusionZPreview, struct_size, 0);
+FIELD(DiffusionZPreview, image, 4);
+FIELD(DiffusionZPreview, preview, 8);
+FIELD(DiffusionZPreview, preview_count, 12);
+FIELD(DiffusionZPreview, step, 16);
+FIELD(DiffusionZPreview, step_count, 20);
+FIELD(DiffusionZPreview, width, 24);
+FIELD(DiffusionZPreview, height, 28);
+FIELD(DiffusionZPreview, rgb, 32);
+SIZE(DiffusionZPreview, 40);
+
 FIELD(DiffusionZDeviceInfo, struct_size, 0);
 FIELD(DiffusionZDeviceInfo, device_id, 4);
 FIELD(DiffusionZDeviceInfo, name, 8);

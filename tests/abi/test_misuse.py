@@ -145,6 +145,11 @@ def test_null_where_something_is_needed(ctx: Any) -> None:
         "batch count 1025": lambda: lib.diffusionz_generate_batch(ctx, request, 1025, NULL, result),
         "progress task": lambda: lib.diffusionz_task_progress(NULL, ffi.new("DiffusionZProgress *")),
         "progress": lambda: lib.diffusionz_task_progress(lib.diffusionz_task_new(), NULL),
+        "keep_previews task": lambda: lib.diffusionz_task_keep_previews(NULL, 1),
+        "take_preview task": lambda: lib.diffusionz_task_take_preview(
+            NULL, ffi.new("DiffusionZPreview *", {"struct_size": ffi.sizeof("DiffusionZPreview")})
+        ),
+        "take_preview": lambda: lib.diffusionz_task_take_preview(lib.diffusionz_task_new(), NULL),
         "load_lora ctx": lambda: lib.diffusionz_load_lora(NULL, b"x", 1),
         "load_lora path": lambda: lib.diffusionz_load_lora(ctx, NULL, 1),
         "unload_lora": lambda: lib.diffusionz_unload_lora(NULL),
@@ -179,6 +184,7 @@ def test_null_is_fine_where_the_header_says_so() -> None:
     lib.diffusionz_free(NULL)
     lib.diffusionz_free_result(NULL)
     lib.diffusionz_free_string(NULL)
+    lib.diffusionz_free_preview(NULL)
     lib.diffusionz_task_free(NULL)
     lib.diffusionz_task_cancel(NULL)
     lib.diffusionz_init_options_init(NULL)
@@ -251,6 +257,29 @@ def test_a_task_serves_one_call(ctx: Any) -> None:
     assert lib.diffusionz_generate_batch(ctx, request, 1, task, result) == E["ARGUMENT"]
     lib.diffusionz_free_result(result)
     lib.diffusionz_task_cancel(task)  # quiet: its call is over
+    assert lib.diffusionz_task_keep_previews(task, 1) == E["ARGUMENT"]
+    assert "served a call" in last_error()
+
+
+@pytest.mark.parametrize("count", [-1, 1000, 2**31 - 1, -(2**31)])
+def test_previews_that_cannot_be_asked_for(count: int) -> None:
+    task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
+    assert lib.diffusionz_task_keep_previews(task, count) == E["ARGUMENT"]
+    assert str(count) in last_error()
+    assert lib.diffusionz_task_keep_previews(task, 999) == lib.DIFFUSIONZ_OK
+    assert lib.diffusionz_task_keep_previews(task, 0) == lib.DIFFUSIONZ_OK
+
+
+def test_a_task_without_a_preview_gives_none() -> None:
+    """All fields are 0 then, also of a struct that was not empty."""
+    task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
+    lib.diffusionz_task_keep_previews(task, 2)
+    preview = ffi.new("DiffusionZPreview *", {"struct_size": ffi.sizeof("DiffusionZPreview"), "step": 7, "width": 16})
+    assert lib.diffusionz_task_take_preview(task, preview) == lib.DIFFUSIONZ_OK
+    assert not any(bytes(ffi.buffer(preview))[4:])
+    for _ in range(2):
+        lib.diffusionz_free_preview(preview)
+    assert preview.struct_size == ffi.sizeof("DiffusionZPreview")
 
 
 def test_a_task_cancelled_before_its_call_ends_that_call(ctx: Any) -> None:
@@ -341,7 +370,9 @@ def test_defaults_are_written_into_as_much_as_there_is() -> None:
             assert ffi.cast("DiffusionZInitOptions *", memory).struct_size == written
 
 
-@pytest.mark.parametrize("kind", ["DiffusionZDeviceInfo", "DiffusionZMemoryInfo", "DiffusionZProgress"])
+@pytest.mark.parametrize(
+    "kind", ["DiffusionZDeviceInfo", "DiffusionZMemoryInfo", "DiffusionZProgress", "DiffusionZPreview"]
+)
 def test_bad_struct_size_of_an_output(ctx: Any, kind: str) -> None:
     task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
     for size in (0, ffi.sizeof(kind) - 1, ffi.sizeof(kind) + 8):
@@ -350,6 +381,7 @@ def test_bad_struct_size_of_an_output(ctx: Any, kind: str) -> None:
             "DiffusionZDeviceInfo": lambda out=out: lib.diffusionz_device_info(-1, out),
             "DiffusionZMemoryInfo": lambda out=out: lib.diffusionz_memory_info(ctx, out),
             "DiffusionZProgress": lambda out=out: lib.diffusionz_task_progress(task, out),
+            "DiffusionZPreview": lambda out=out: lib.diffusionz_task_take_preview(task, out),
         }[kind]()
         assert status == E["ARGUMENT"]
         assert "struct_size" in last_error()

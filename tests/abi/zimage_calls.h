@@ -21,11 +21,28 @@ static inline void request_for(int variant, DiffusionZRequest *request) {
     request->format = DIFFUSIONZ_FORMAT_RGB;
 }
 
-/* An answer that depends on `variant` alone. */
+/* Whether the task has the one preview that a picture of two steps gives. */
+static inline int has_preview(DiffusionZTask *task, const DiffusionZRequest *request) {
+    DiffusionZPreview preview;
+    preview.struct_size = sizeof preview;
+    int right = !diffusionz_task_take_preview(task, &preview) && preview.rgb && preview.step == 1 &&
+                preview.width == request->width / 2 && preview.height == request->height / 2;
+    diffusionz_free_preview(&preview);
+    right &= !preview.rgb && !diffusionz_task_take_preview(task, &preview) && !preview.rgb; /* there was one */
+    diffusionz_free_preview(&preview);
+    return right;
+}
+
+/* An answer that depends on `variant` alone. Pictures of two steps have a preview, which every other caller leaves where it is. */
 static inline int32_t ask(Context *ctx, int variant, Answer *answer) {
     DiffusionZRequest request;
     request_for(variant, &request);
-    return diffusionz_generate_batch(ctx, &request, 1, NULL, answer);
+    DiffusionZTask *task = diffusionz_task_new();
+    int32_t status = diffusionz_task_keep_previews(task, 3);
+    if (!status) status = diffusionz_generate_batch(ctx, &request, 1, task, answer);
+    if (!status && variant % 4 == 1 && !has_preview(task, &request)) status = DIFFUSIONZ_E_INTERNAL;
+    diffusionz_task_free(task);
+    return status;
 }
 
 static inline int same(const Answer *a, const Answer *b) {
@@ -65,6 +82,18 @@ static inline int call_everything(Context *ctx, int (*expect)(int32_t status, in
     progress.struct_size = sizeof progress;
     wrong |= expect(diffusionz_task_progress(task, &progress), DIFFUSIONZ_OK, "progress");
     diffusionz_task_free(task);
+
+    DiffusionZResult result_of_two;
+    request.num_steps = 2;
+    for (int taken = 0; taken < 2; ++taken) { /* a preview that nobody takes goes with its task */
+        task = diffusionz_task_new();
+        wrong |= expect(diffusionz_task_keep_previews(task, 1), DIFFUSIONZ_OK, "keep_previews");
+        wrong |= expect(diffusionz_generate_batch(ctx, &request, 1, task, &result_of_two), DIFFUSIONZ_OK, "with a preview");
+        diffusionz_free_result(&result_of_two);
+        if (taken && !has_preview(task, &request)) wrong |= expect(DIFFUSIONZ_E_INTERNAL, DIFFUSIONZ_OK, "take_preview");
+        diffusionz_task_free(task);
+    }
+    request.num_steps = 1;
 
     char *metadata = NULL;
     wrong |= expect(diffusionz_image_metadata(result.image_data, result.image_len, &metadata), DIFFUSIONZ_OK, "metadata");

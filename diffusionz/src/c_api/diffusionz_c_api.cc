@@ -326,6 +326,44 @@ int32_t diffusionz_task_progress(const DiffusionZTask* task, DiffusionZProgress*
     });
 }
 
+int32_t diffusionz_task_keep_previews(DiffusionZTask* task, int32_t count) {
+    constexpr int32_t kPreviewsMax = 999;  // one after each step but the last of as many as there can be
+    return guard([&] {
+        if (!task) fail(DIFFUSIONZ_E_ARGUMENT, "task is NULL");
+        if (count < 0 || count > kPreviewsMax)
+            fail(DIFFUSIONZ_E_ARGUMENT, "count of previews is ", count, "; it must be from 0 to ", kPreviewsMax);
+        task->task.keep_previews(count);
+    });
+}
+
+int32_t diffusionz_task_take_preview(DiffusionZTask* task, DiffusionZPreview* preview) {
+    return guard([&] {
+        check_size("preview", preview);
+        write_struct(DiffusionZPreview{}, preview);
+        if (!task) fail(DIFFUSIONZ_E_ARGUMENT, "task is NULL");
+        std::optional<Preview> taken = task->task.take_preview();
+        if (!taken) return;
+        DiffusionZPreview whole{};
+        whole.image = taken->image;
+        whole.preview = taken->preview;
+        whole.preview_count = taken->preview_count;
+        whole.step = taken->step;
+        whole.step_count = taken->step_count;
+        whole.width = taken->width;
+        whole.height = taken->height;
+        whole.rgb = taken->rgb.release();
+        write_struct(whole, preview);
+    });
+}
+
+void diffusionz_free_preview(DiffusionZPreview* preview) {
+    if (!preview) return;
+    std::free(preview->rgb);
+    const uint32_t size = preview->struct_size;
+    *preview = {};
+    preview->struct_size = size;
+}
+
 void diffusionz_task_free(DiffusionZTask* task) { delete task; }
 
 int32_t diffusionz_load_lora(DiffusionZContext* ctx, const char* lora_path, float weight) {

@@ -6,6 +6,7 @@
 #include <new>
 #include <string>
 
+#include "core/device.h"
 #include "core/error.h"
 
 namespace diffusionz {
@@ -27,16 +28,11 @@ int32_t guard(Body&& body) noexcept {
         return DIFFUSIONZ_OK;
     } catch (const Error& e) {
         return remember(e.status(), e.what());
-    } catch (const c10::OutOfMemoryError& e) {
-        return remember_out_of_memory(e.what_without_backtrace());
     } catch (const c10::Error& e) {
-        // LibTorch's host allocator has no type of its own for running out of memory.
         const std::string what = e.what_without_backtrace();
-        if (what.find("DefaultCPUAllocator") != std::string::npos) return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, what.c_str());
-        // What CUDA's libraries allocate on their own.
-        for (const char* sign : {"CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"}) {
-            if (what.find(sign) != std::string::npos) return remember_out_of_memory(what);
-        }
+        const OutOfMemory whose = out_of_memory(e);
+        if (whose == OutOfMemory::host) return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, what.c_str());
+        if (whose == OutOfMemory::device) return remember_out_of_memory(what);
         if (what.find("CUDA error") != std::string::npos) return remember(DIFFUSIONZ_E_DEVICE, what.c_str());
         return remember(DIFFUSIONZ_E_INTERNAL, what.c_str());
     } catch (const std::bad_alloc&) {

@@ -125,6 +125,21 @@ void limit_device_memory(at::Device device, int64_t max_bytes) {
 #endif
 }
 
+OutOfMemory out_of_memory(const std::exception& error) {
+    if (dynamic_cast<const std::bad_alloc*>(&error)) return OutOfMemory::host;
+    if (dynamic_cast<const c10::OutOfMemoryError*>(&error)) return OutOfMemory::device;
+    const auto* torch = dynamic_cast<const c10::Error*>(&error);
+    if (!torch) return OutOfMemory::no;
+    const std::string what = torch->what_without_backtrace();
+    // LibTorch's host allocator has no type of its own for running out of memory.
+    if (what.find("DefaultCPUAllocator") != std::string::npos) return OutOfMemory::host;
+    // What CUDA's libraries allocate on their own.
+    for (const char* sign : {"CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"}) {
+        if (what.find(sign) != std::string::npos) return OutOfMemory::device;
+    }
+    return OutOfMemory::no;
+}
+
 std::string after_out_of_memory(const std::string& message) {
 #ifdef DIFFUSIONZ_WITH_CUDA
     release_kept_memory();

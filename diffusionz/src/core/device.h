@@ -4,6 +4,7 @@
 #include <c10/core/Device.h>
 
 #include <cstdint>
+#include <exception>
 #include <string>
 
 #include "diffusionz_c_api.h"
@@ -29,6 +30,10 @@ void release_kept_memory();
 
 // From now on this process gets at most that many bytes of a CUDA device; nothing for the CPU.
 void limit_device_memory(at::Device device, int64_t max_bytes);
+
+// Whose memory has run out, as LibTorch, CUDA's libraries or the C++ runtime say it.
+enum class OutOfMemory { no, host, device };
+OutOfMemory out_of_memory(const std::exception& error);
 
 // After a failure for want of device memory: gives back what was kept for later calls on every device, and puts LibTorch's
 // message into our words: how much was wanted, free and held.

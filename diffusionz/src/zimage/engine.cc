@@ -14,6 +14,7 @@
 #include "core/error.h"
 #include "core/unicode.h"
 #include "ops/disabled.h"
+#include "zimage/previews.h"
 
 namespace diffusionz {
 namespace {
@@ -115,7 +116,7 @@ void Engine::forget_graphs() {
     graphs_.clear();
 }
 
-Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
+Picture Engine::draw(const DiffusionZRequest& request, Task& task, int32_t image) {
     const CallQueue::Turn turn(queue_, &task);
     const c10::InferenceMode inference;
     const WorkStream::Scope scope(stream_);
@@ -136,9 +137,21 @@ Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
     task.enter(DIFFUSIONZ_STAGE_DENOISE);
     std::vector<float> times;
     for (size_t i = 0; i + 1 < sigmas.size(); ++i) times.push_back(time_of_sigma(model_->scheduler(), sigmas[i]));
-    latents = sampler_.run(std::move(latents), sigmas, times, captions, guidance, lora, task, latents_watcher_);
+    std::function<void(const at::Tensor&)> watch = latents_watcher_;
+    Previews previews(task, image, sigmas, [this](const at::Tensor& coarse) { return decode_if_it_fits(coarse); });
+    if (previews.count() > 0) {
+        watch = [&](const at::Tensor& now) {
+            if (latents_watcher_) latents_watcher_(now);
+            previews.see(now);
+        };
+    }
+    latents = sampler_.run(std::move(latents), sigmas, times, captions, guidance, lora, task, watch);
     task.enter(DIFFUSIONZ_STAGE_DECODE);
     task.check();
+    return {decode(latents)};
+}
+
+at::Tensor Engine::decode(const at::Tensor& latents) {
     const std::shared_ptr<const Vae> vae = model_->vae();
     const GraphCache::Function decode = [&vae = *vae](const std::vector<at::Tensor>& inputs) {
         return vae.decode_on_device(inputs[0]);
@@ -146,7 +159,14 @@ Picture Engine::draw(const DiffusionZRequest& request, Task& task) {
     // A graph has the addresses of weights in it, so only weights that stay can be in one.
     const at::Tensor pixels =
         model_->residence().vae ? graphs_.run("decode", {latents}, [&] { return decode; }) : decode({latents});
-    return {to_host(pixels, stream_).squeeze(0)};
+    return to_host(pixels, stream_).squeeze(0);
+}
+
+at::Tensor Engine::decode_if_it_fits(const at::Tensor& latents) {
+    const int64_t scale = model_->vae_config().scale();
+    const bool fits =
+        !latents.is_cpu() || model_->vae()->decode_nbytes(latents.size(2) * scale, latents.size(3) * scale) <= host_free_memory();
+    return fits ? decode(latents) : at::Tensor();
 }
 
 at::Tensor Engine::features(const char* prompt) {

@@ -26,9 +26,9 @@ public:
     // `cuda_graphs` lets it record what it repeats. `max_vram_bytes` bounds what the model holds on its device; 0 does not.
     Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs = true, int64_t max_vram_bytes = 0);
 
-    // Draws one picture, after the calls before this one. The request has passed check(). Steps are counted in `task`, pictures
-    // are not. Fails with E_ARGUMENT, E_LORA, E_CANCELLED.
-    Picture draw(const DiffusionZRequest& request, Task& task);
+    // Draws one picture, after the calls before this one, with the previews that `task` wants, as those of picture `image`. The
+    // request has passed check(). Steps are counted in `task`, pictures are not. Fails with E_ARGUMENT, E_LORA, E_CANCELLED.
+    Picture draw(const DiffusionZRequest& request, Task& task, int32_t image = 0);
     // Transformer evaluations that a request takes.
     static int32_t steps_of(const DiffusionZRequest& request);
     // Fails with E_ARGUMENT when the model cannot draw it.
@@ -45,7 +45,7 @@ public:
     // What the model is, as JSON.
     std::string info() const;
 
-    // Called on the drawing thread with the latents at the start and after each step: what a preview is made of.
+    // Called on the drawing thread with the latents at the start and after each step.
     void watch_latents(std::function<void(const at::Tensor& latents)> watcher) { latents_watcher_ = std::move(watcher); }
 
     const Model& model() const { return *model_; }
@@ -63,6 +63,10 @@ private:
     at::Tensor features(const char* prompt);
     // Noise, or the request's image with noise, and the sigmas left to run.
     at::Tensor start(const DiffusionZRequest& request, std::vector<float>& sigmas) const;
+    // The picture of latents, uint8 [height, width, 3] on the host.
+    at::Tensor decode(const at::Tensor& latents);
+    // The same, or an undefined tensor where the host has no memory for it.
+    at::Tensor decode_if_it_fits(const at::Tensor& latents);
     // The adapters of a request, valid until the next call of it.
     Sampler::Lora lora_of(const DiffusionZRequest& request);
     std::shared_ptr<const LoraAdapter> read_lora(const std::filesystem::path& path) const;

@@ -82,7 +82,7 @@ Picture Fleet::draw(const Turn& turn, const DiffusionZRequest& request, Task& ta
     };
     const std::unique_ptr<const Turn, decltype(give_back)> taken(&turn, give_back);
     try {
-        return engine.draw(request, task);
+        return engine.draw(request, task, static_cast<int32_t>(turn.picture));
     } catch (const c10::OutOfMemoryError&) {
         engine.forget_graphs();  // their memory is what the next call may be short of
         throw;
