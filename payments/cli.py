@@ -132,7 +132,7 @@ fast. Look at the markets before you approve: one trade on a thin pool can make 
 
 _KEY_EPILOG = """\
 examples:
-  KEY=$(diffusionz wallet key alice)                       a new key, shown this once
+  diffusionz wallet key alice                              a new key, printed this once
   diffusionz wallet key alice --name tests --services zimage,chronos2 --daily-limit 500
   diffusionz wallet key alice --list
   diffusionz wallet key alice --revoke 7kQ2mXb9

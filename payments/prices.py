@@ -141,6 +141,13 @@ def parse_usd(value: object, what: str, *, scale: int = MICRO) -> int:
     return amount
 
 
+def format_usd(micro_usd: int) -> str:
+    """Micro-USD as a decimal number of USD, exact, with cents: "0.04", "1.2345"."""
+    whole, fraction = divmod(micro_usd, MICRO)
+    cents, rest = divmod(fraction, 10**4)
+    return f"{whole}.{cents:02d}" + (f"{rest:04d}".rstrip("0") if rest else "")
+
+
 def with_changes(changes: Mapping[str, object], services: Iterable[Service] = SERVICES.values()) -> dict[str, Service]:
     """The price table with a configuration's changes: name -> {usd, unit, per, first_party}, or name -> false.
 

@@ -29,7 +29,7 @@ from diffusionz.payments.errors import AmountError, ConflictError, RateError, St
 from diffusionz.payments.identity import Challenge, Identity, SignedIn
 from diffusionz.payments.keys import Key, Keys, NewKey
 from diffusionz.payments.notices import Notices
-from diffusionz.payments.prices import PriceBook
+from diffusionz.payments.prices import PriceBook, format_usd
 from diffusionz.payments.rates import SOL_DECIMALS, usd
 from diffusionz.payments.settings import Settings
 from diffusionz.payments.shop import Shop, assemble, open_connection
@@ -149,7 +149,7 @@ class Credits:
                 worth = None
                 with contextlib.suppress(RateError):
                     rate = self._shop.rates.token_rate("ath", time.time())
-                    worth = _usd(rate.micro_usd(balance.available))
+                    worth = format_usd(rate.micro_usd(balance.available))
             return {
                 "account": account,
                 "posted": balance.posted,
@@ -350,7 +350,7 @@ class Credits:
             services.append(
                 {
                     "name": service.name,
-                    "usd": _usd(service.micro_usd),
+                    "usd": format_usd(service.micro_usd),
                     "unit": service.unit,
                     "per": service.per,
                     "first_party": service.first_party,
@@ -470,10 +470,3 @@ class _Thread:
                 future.set_exception(failure)
             else:
                 future.set_result(result)
-
-
-def _usd(micro_usd: int) -> str:
-    """Micro-USD as a decimal number of USD, exact, with cents."""
-    whole, fraction = divmod(micro_usd, 10**6)
-    cents, rest = divmod(fraction, 10**4)
-    return f"{whole}.{cents:02d}" + (f"{rest:04d}".rstrip("0") if rest else "")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +16,17 @@ import pytest
 
 from diffusionz import cli
 from diffusionz.payments.database import open_database
+from diffusionz.payments.errors import IdentityError
+from diffusionz.payments.keys import Keys
 from diffusionz.payments.ledger import Ledger
+from diffusionz.payments.rates import Observation
+from diffusionz.payments.settings import load
+from diffusionz.payments.shop import Shop, opened
 
 PROGRAM = [sys.executable, "-m", "diffusionz", "wallet"]
-COMMANDS = ["create", "devnet", "faucet", "deposit", "sweep", "audit", "backup", "restore"]
+COMMANDS = [
+    "create", "devnet", "faucet", "deposit", "sweep", "audit", "alarms", "rates", "key", "backup", "restore",
+]  # fmt: skip
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DIFFUSIONZ_PAYMENTS_")}
 NOWHERE = "http://127.0.0.1:9"  # the port that discards
 
@@ -70,6 +79,10 @@ def wallet(capfd: pytest.CaptureFixture[str]) -> Wallet:
         return out + err
 
     return run
+
+
+def shop_of(config: str) -> contextlib.AbstractContextManager[Shop]:
+    return opened(load(config, environ={}))
 
 
 def test_a_whole_life(shop: pathlib.Path, wallet: Wallet) -> None:
@@ -179,6 +192,61 @@ def test_the_pool_is_refilled(shop: pathlib.Path, wallet: Wallet) -> None:
     wallet("deposit", "f", "--new")
 
 
+def test_keys_are_made_listed_and_revoked(shop: pathlib.Path, wallet: Wallet) -> None:
+    wallet("deposit", "alice", "--new")
+    assert wallet("key", "alice", "--list") == "none\n"
+    secret = wallet("key", "alice").strip()
+    assert secret.startswith("cutedsl_")
+    options = ["--name", "tests", "--services", "zimage, chronos2", "--daily-limit", "2.5", "--json"]
+    made = json.loads(wallet("key", "user:alice", *options))
+    assert (made["name"], made["services"], made["daily_limit"]) == ("tests", ["chronos2", "zimage"], 2_500_000)
+    listed = wallet("key", "alice", "--list")
+    assert f"cutedsl_{made['id']}…  tests; chronos2, zimage; 2.500000 a day; never used" in listed
+    assert secret not in listed and made["secret"] not in listed
+    assert made["secret"] not in wallet("key", "alice", "--list", "--json")
+    assert made["id"] in wallet("key", "alice", "--revoke", f"cutedsl_{made['id']}…")
+    assert "; revoked 20" in wallet("key", "alice", "--list")
+    connection = open_database("payments.db")
+    keys = Keys.from_settings(load("payments.toml", environ={}), connection)
+    assert keys.authenticate(secret).account == "user:alice"
+    with pytest.raises(IdentityError):
+        keys.authenticate(made["secret"])
+    connection.close()
+
+
+def test_alarms_are_listed_and_cleared(shop: pathlib.Path, wallet: Wallet) -> None:
+    assert wallet("alarms") == "none\n"
+    with shop_of("payments.toml") as parts:
+        parts.deposits.alarm("stray tokens", "Abc", "5 base units")
+    assert wallet("alarms") == "stray tokens: Abc: 5 base units\n"
+    assert json.loads(wallet("alarms", "--json"))["alarms"] == [
+        {"kind": "stray tokens", "subject": "Abc", "detail": "5 base units"}
+    ]
+    assert "there is no alarm 'stray tokens' about 'Abd'" in wallet(
+        "alarms", "--clear", "stray tokens", "Abd", status=1
+    )
+    assert wallet("alarms", "--clear", "stray tokens", "Abc") == "cleared: stray tokens: Abc\n"
+    assert wallet("alarms") == "none\n"
+
+
+def test_rates_are_shown_and_approved(shop: pathlib.Path, wallet: Wallet) -> None:
+    shown = wallet("rates")
+    assert "token, market         none: token: there is no rate yet" in shown and "nothing is in quarantine" in shown
+    with shop_of("payments.toml") as parts:
+        now = int(time.time())
+        for usd, at in ((10**10, now - 1), (5 * 10**10, now)):
+            parts.rates.record("token", {"fixed": Observation(usd, at)}, at)
+    about = json.loads(wallet("rates", "--json"))
+    assert about["market"]["usd"] == "0.01" and about["ath"]["usd"] == "0.02" and about["sol"]["usd"] is None
+    (waiting,) = about["quarantine"]
+    assert (waiting["usd"], waiting["reference"]) == ("0.05", "0.01")
+    assert f"{waiting['id']}              0.05 USD for a token" in wallet("rates")
+    assert "is not in quarantine" in wallet("rates", "--approve", "sample:99", status=1)
+    assert "was approved by ann" in wallet("rates", "--approve", waiting["id"], "--operator", "ann")
+    assert json.loads(wallet("rates", "--json"))["market"]["usd"] == "0.05"
+    assert "waits for nothing" in wallet("rates", "--approve", waiting["id"], status=1)
+
+
 def test_nothing_deposited_is_a_failure_after_the_wait(shop: pathlib.Path, wallet: Wallet) -> None:
     wallet("deposit", "alice", "--new")
     assert "nothing was credited within 1 s" in wallet("deposit", "alice", "--wait", "1", status=1)
@@ -216,6 +284,16 @@ MISTAKES = [
     (["audit", "--config", "nowhere.toml"], 2, "nowhere.toml: No such file or directory"),
     (["audit", "--offline", "--thorough"], 2, "it does not go with --offline"),
     (["sweep", "--timeout", "-5"], 2, "'-5' is not a whole number from 1"),
+    (["key"], 2, "the following arguments are required: ACCOUNT"),
+    (["key", "alice"], 1, "there is no account 'user:alice'"),
+    (["key", "alice", "--list"], 1, "there is no account 'user:alice'"),
+    (["key", "alice", "--list", "--revoke", "x"], 2, "give --list or --revoke ID"),
+    (["key", "alice", "--revoke", "x"], 1, "user:alice has no key 'x'"),
+    (["key", "alice", "--services", ""], 2, "services are ['']"),
+    (["key", "alice", "--daily-limit", "0"], 2, "'0' is not a number above 0"),
+    (["key", "alice", "--daily-limit", "0.0000001"], 2, "--daily-limit is 1E-7; it may have 6 decimals"),
+    (["alarms", "--clear", "gas is low"], 2, "expected 2 arguments"),
+    (["rates", "--approve", "sample:x"], 1, "'sample:x' is not in quarantine"),
     (["backup", "payments.toml"], 1, "a file of that name exists"),
     (["backup", "nowhere/copy.db"], 1, "No such file or directory"),
     (["restore", "nowhere.db"], 1, "there is no such file"),
