@@ -451,8 +451,9 @@ class Deposits:
 
     def _waiting(self, user: str | None) -> list[tuple[int, str, str, str, int, str, str]]:
         return self.connection.execute(
+            # CROSS: from the few that wait to their movements. Left to itself, SQLite reads all movements.
             "SELECT m.id, m.signature, m.account, m.mint, m.delta, a.account, w.reason FROM waiting AS w"
-            " JOIN movements AS m ON m.id = w.movement JOIN chain_accounts AS c ON c.account = m.account"
+            " CROSS JOIN movements AS m ON m.id = w.movement JOIN chain_accounts AS c ON c.account = m.account"
             " JOIN deposit_addresses AS a ON a.address = c.address"
             " WHERE a.account = coalesce(?, a.account) ORDER BY m.id",
             (user,),

@@ -372,6 +372,7 @@ def test_signing_in_and_linking(run: Callable[..., None]) -> None:
     async def without(credits: Credits) -> None:
         with pytest.raises(ConfigurationError, match="domain is not set"):
             await credits.challenge(str(Keypair().pubkey()), CLIENT)
+        assert await credits.wallets("user:a") == []
 
     run(without, domain=None)
 
