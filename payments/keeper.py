@@ -140,9 +140,12 @@ class Keeper:
         while True:
             try:
                 return await work()
-            except (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):
                 raise
             except BaseException as error:  # a panic in solders is no Exception
+                task = asyncio.current_task()
+                if task and task.cancelling():  # by `stop`, and not by something within that went astray
+                    raise
                 status.running = False
                 self._failed(name, _said(error))
             await asyncio.sleep(min(self._backoff_s * 2 ** min(status.failures - 1, 10), self._backoff_max_s))

@@ -197,7 +197,7 @@ class Panic(BaseException):
     """As solders raises them."""
 
 
-@pytest.mark.parametrize("failure", [Panic("hunter2"), ValueError("hunter2")])
+@pytest.mark.parametrize("failure", [Panic("hunter2"), ValueError("hunter2"), asyncio.CancelledError("hunter2")])
 def test_what_raises_is_begun_again_and_disturbs_nobody(
     chain: LiveChain,
     settings: Settings,
