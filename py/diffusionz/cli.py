@@ -1,4 +1,4 @@
-"""The command `diffusionz`: generate, forecast, info, pull, bench, wallet.
+"""The command `diffusionz`: generate, forecast, serve, ps, info, pull, bench, wallet.
 
 Exit status: 0 done, 1 it failed, 2 wrong use, 130 stopped by Ctrl-C. Results go to stdout; a failure is one line on
 stderr (`python -X dev -m diffusionz ...` shows the traceback instead). What a command does not need is not imported: a
@@ -26,6 +26,7 @@ examples:
   diffusionz forecast airline --horizon 12 --plot forecast.png
   diffusionz forecast prices.csv --horizon 7 --target close -o forecast.csv
   diffusionz pull Tongyi-MAI/Z-Image-Turbo       fetch a model, then: generate --model Tongyi-MAI/Z-Image-Turbo
+  diffusionz serve --dev                         a server of both, with a page; then open http://127.0.0.1:8100
   diffusionz wallet --help                       prepaid credit for a server of models
 """
 
@@ -99,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parser(wallet=argv[:1] == ["wallet"]).parse_args(argv)
+    args = _parser(argv[0] if argv else "").parse_args(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -143,8 +144,8 @@ def _command(commands: Any, name: str, help: str, epilog: str, run: Any) -> argp
     return parser
 
 
-def _parser(wallet: bool = False) -> argparse.ArgumentParser:
-    """`wallet`: with what `diffusionz wallet` understands, which is imported for it alone."""
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """With all that `command` understands; what "wallet", "serve" and "ps" do is imported for them alone."""
     parser = _Parser(
         prog="diffusionz",
         description=_DESCRIPTION,
@@ -233,8 +234,17 @@ def _parser(wallet: bool = False) -> argparse.ArgumentParser:
     add("-o", "--output", metavar="FILE", help="--quality: a contact sheet to write, .png or .webp")
     add("--json", action="store_true", help="print the result as JSON")
 
+    if command in ("serve", "ps"):
+        from diffusionz.server import cli as server
+
+        server.add_serve(_command(commands, "serve", "serve models over HTTP", server.SERVE_EPILOG, server.serve))
+        server.add_ps(_command(commands, "ps", "list the models that a server has loaded", server.PS_EPILOG, server.ps))
+    else:
+        commands.add_parser("serve", help="serve models over HTTP, with a page, and sell calls")
+        commands.add_parser("ps", help="list the models that a server has loaded")
+
     payments = commands.add_parser("wallet", help="keep prepaid credit: deposits, sweeps, audits", allow_abbrev=False)
-    if wallet:
+    if command == "wallet":
         from diffusionz.payments.cli import add_commands
 
         add_commands(payments, _command)

@@ -1,0 +1,150 @@
+"""From a request to a job, and from a job to an answer: what all routes that call a service share."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from diffusionz.server.caller import Caller
+from diffusionz.server.jobs import Job, Order
+from diffusionz.server.problems import Problem
+
+if TYPE_CHECKING:
+    from diffusionz.server.state import State
+
+HEARTBEAT_S = 10.0
+PATIENCE_S = 0.05  # before it is looked whether the client is still there
+
+_KEY = re.compile(r"[!-~]{1,255}")
+
+
+def state_of(request: Request) -> State:
+    """The parts of the server that a request belongs to."""
+    state: State = request.app.state.parts
+    return state
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, media_type="application/json")
+
+
+async def json_body(request: Request) -> bytes:
+    """The body of a request with JSON. Raises Problem for another type."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise Problem("unsupported-media-type", f"the body is {kind[:60]!r}; it must be application/json")
+    return await request.body()
+
+
+async def submit(request: Request, order: Order, caller: Caller, body: bytes) -> tuple[Job, dict[str, str]]:
+    """(the job of a request, the headers that its answer has to carry). Raises Problem."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not _KEY.fullmatch(key):
+        raise Problem("invalid-request", "the Idempotency-Key must be 1 to 255 visible ASCII characters")
+    digest = hashlib.blake2b(request.url.path.encode() + b"\n" + body, digest_size=24).hexdigest()
+    job, replayed = await state_of(request).jobs.submit(
+        order, caller, request_hash=digest, request_id=request.scope["request_id"], idempotency_key=key
+    )
+    return job, {"x-job-id": job.id} | ({"idempotency-replayed": "true"} if replayed else {})
+
+
+async def ended(request: Request, job: Job) -> Job:
+    """The job, when it is completed. A client that leaves cancels it, unless it has an Idempotency-Key or somebody
+    else watches. Raises Problem when it came to nothing."""
+    job.watchers += 1
+    try:
+        try:
+            # Most forecasts end sooner than a task that listens for the client's leaving would have cost.
+            async with asyncio.timeout(PATIENCE_S):
+                await job.wait()
+        except TimeoutError:
+            if not await _stays(request, job):
+                job.watchers -= 1
+                if not job.watchers and job.key is None:
+                    job.cancel()
+                job.watchers += 1
+                raise Problem("cancelled", "the client has left") from None
+    finally:
+        job.watchers -= 1
+    if job.problem is not None:
+        raise job.problem
+    return job
+
+
+async def _stays(request: Request, job: Job) -> bool:
+    """Waits for the job; False when the client left before its end."""
+    done, gone = asyncio.ensure_future(job.wait()), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
+        return done.done()
+    finally:
+        done.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def events(request: Request, job: Job, headers: dict[str, str], *, cancel_when_gone: bool) -> Response:
+    """The job's events as a stream. Raises Problem when the caller has too many open."""
+    return StreamingResponse(
+        _stream(request, job, cancel_when_gone), headers=headers | {"cache-control": "no-store", "x-accel-buffering": "no"},
+        media_type="text/event-stream",
+    )  # fmt: skip
+
+
+async def _stream(request: Request, job: Job, cancel_when_gone: bool) -> AsyncIterator[bytes]:
+    state = state_of(request)
+    with state.streams.opened(job.caller.account):
+        iterator = job.events()
+        try:
+            coming: asyncio.Future[Any] | None = None
+            while True:
+                coming = coming or asyncio.ensure_future(anext(iterator))
+                done, _ = await asyncio.wait((coming,), timeout=HEARTBEAT_S)
+                if not done:
+                    yield b": still there\n\n"
+                    continue
+                try:
+                    name, data = coming.result()
+                except StopAsyncIteration:
+                    return
+                coming = None
+                for event, about in _with_pictures(job, name, data):
+                    yield b"event: %s\ndata: %s\n\n" % (event.encode(), orjson.dumps({"type": event} | about))
+        finally:
+            if coming is not None and not coming.done():
+                coming.cancel()
+            await iterator.aclose()
+            # Reached also when the client has left; after the job's end it changes nothing.
+            if cancel_when_gone and not job.watchers and job.key is None:
+                job.cancel()
+
+
+def _with_pictures(job: Job, name: str, data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """An event, after an image_generation.completed of each picture when it is the last one."""
+    if name != "job.completed" or job.result is None or not job.result.files:
+        return [(name, data)]
+    images = orjson.loads(job.result.json).get("images", [])
+    return [*(("image_generation.completed", {"index": i} | image) for i, image in enumerate(images)), (name, data)]
+
+
+def picture(request: Request, job: Job, headers: dict[str, str]) -> Response | None:
+    """The first picture as the body, when the client accepts that rather than JSON."""
+    assert job.result is not None
+    wanted = request.headers.get("accept", "*/*")
+    if not job.result.files or "application/json" in wanted or "image/" not in wanted:
+        return None
+    file = job.result.files[0]
+    if file.content_type not in wanted and "image/*" not in wanted:
+        raise Problem("not-acceptable", f"the picture is {file.content_type}; ask for it, or say another format")
+    return Response(file.content, headers=headers, media_type=file.content_type)

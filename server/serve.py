@@ -1,0 +1,134 @@
+"""Runs the application under uvicorn, from the first log line to the last job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from diffusionz import ArgumentError
+from diffusionz._context import byte_count
+from diffusionz.server import logs
+from diffusionz.server.app import create_app
+from diffusionz.server.forecasts import Forecasts
+from diffusionz.server.metrics import Metrics
+from diffusionz.server.models import Models, parse_keep_alive
+from diffusionz.server.pictures import Pictures
+from diffusionz.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 5  # for connections, once all jobs have ended
+
+
+def run(settings: Settings) -> int:
+    """Serves until it is told to stop; returns the exit status. Raises ArgumentError, OSError, PaymentsError."""
+    # The engine's threads would spin while they wait for each other, and take the cores from those who answer.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logs.configure(settings.log_format)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    metrics = Metrics()
+    models = Models(
+        settings.models, metrics, budget_bytes=byte_count("memory_budget", settings.memory_budget),
+        keep_alive_s=parse_keep_alive(settings.keep_alive),
+    )  # fmt: skip
+    with _listening(settings.host, settings.port) as listener:
+        host, port = listener.getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        async with contextlib.AsyncExitStack() as stack:
+            ledger = await _ledger(settings, address, stack)
+            services = [Pictures(models, settings.limits, devices=settings.device_count), Forecasts(models, settings.limits, metrics)]
+            app = create_app(settings, models, ledger, services=services)
+            config = uvicorn.Config(
+                app, loop="none", http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
+                server_header=False, date_header=False, timeout_graceful_shutdown=LINGER_S,
+                proxy_headers=settings.trusted_proxies is not None, forwarded_allow_ips=settings.trusted_proxies,
+            )  # fmt: skip
+            server = _Server(config, app.parts.jobs, settings.drain_s)
+            _announce(settings, f"http://{address}")
+            await server.serve(sockets=[listener])
+            return 0 if server.started else 1
+
+
+async def _ledger(settings: Settings, address: str, stack: contextlib.AsyncExitStack) -> Any:
+    """The ledger that the settings ask for; None for a server that gives its work away."""
+    if settings.free:
+        return None
+    from diffusionz.server.ledger import Ledger
+
+    if settings.dev:
+        from diffusionz.payments.devshop import dev_shop
+
+        domain = settings.public_url.partition("://")[2] if settings.public_url else address
+        shop, faucet = await stack.enter_async_context(dev_shop(domain=domain, uri=settings.public_url))
+        return Ledger(shop, faucet)
+    from diffusionz.payments import settings as payments
+
+    return Ledger(payments.load(settings.payments))
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ArgumentError for an address that is not to be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=False)
+    except OSError as error:
+        raise ArgumentError(f"{host} port {port} cannot be listened at: {error.strerror or error}") from None
+
+
+def _announce(settings: Settings, url: str) -> None:
+    if settings.log_format == "json":
+        logger.info("listening", extra={"fields": {"url": url}})
+        return
+    who = {
+        "free": "calls are free" + (", for everybody" if settings.free_for_all else ", for this machine alone"),
+        "dev": "calls cost tokens of a dev chain, which the faucet gives away",
+        "payments": f"calls cost tokens, by {settings.payments}",
+    }[settings.mode]
+    names = ", ".join(spec.name for spec in settings.models)
+    print(f"diffusionz at {url}  ({names}; {who}); Ctrl-C stops it", file=sys.stderr)
+
+
+class _Server(uvicorn.Server):
+    """Lets jobs end before it closes: at the first signal it takes no new ones and says so at /readyz, while whoever
+    waits goes on waiting; at the second it stops as it is."""
+
+    def __init__(self, config: uvicorn.Config, jobs: Any, drain_s: float) -> None:
+        super().__init__(config)
+        self._jobs = jobs
+        self._drain_s = drain_s
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._jobs.draining or self._loop is None or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig) if sig != signal.SIGINT else None
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        async def drain() -> None:
+            logger.info("draining: %d jobs wait or run", self._jobs.active)
+            await self._jobs.drain(self._drain_s)
+            self.should_exit = True
+
+        if self._draining is None:
+            self._draining = asyncio.create_task(drain())
