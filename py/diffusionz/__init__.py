@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from diffusionz._errors import OutOfMemoryError as OutOfMemoryError
     from diffusionz.chronos2 import Chronos2 as Chronos2
     from diffusionz.chronos2 import Embedding as Embedding
+    from diffusionz.client import ApiError as ApiError
+    from diffusionz.client import AsyncClient as AsyncClient
+    from diffusionz.client import Client as Client
+    from diffusionz.client import ConnectionFailed as ConnectionFailed
     from diffusionz.forecast import Forecast as Forecast
     from diffusionz.image import Image as Image
     from diffusionz.progress import Preview as Preview
@@ -38,9 +42,13 @@ if TYPE_CHECKING:
 
 # Public name -> the module that holds it; loaded when first asked for.
 _HOMES = {
+    "ApiError": "client",
     "ArgumentError": "_errors",
+    "AsyncClient": "client",
     "Cancelled": "_errors",
     "Chronos2": "chronos2",
+    "Client": "client",
+    "ConnectionFailed": "client",
     "DeviceError": "_errors",
     "DiffusionzError": "_errors",
     "Embedding": "chronos2",
