@@ -7,8 +7,9 @@
         await credits.post(key, hold.call_id)           # or credits.void(key, hold.call_id, "engine_error")
 
 A commit waits for the disk, and a locked ledger until its lock is free, so the database has one thread of its own with
-one connection; what is asked is done there in turn. A request that is cancelled while it waits is done all the same,
-but for a hold, which is voided. Deposits, rates and the end of forgotten holds are the Keeper's.
+one connection. What is asked is done there in turn; holds and posts that wait in line share a transaction, and are
+answered when it is on the disk. A request that is cancelled while it waits is done all the same, but for a hold, which
+is voided. Deposits, rates and the end of forgotten holds are the Keeper's.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from diffusionz.payments.charges import Charges, Failure, Hold
 from diffusionz.payments.database import Connection, immediate, snapshot
@@ -41,6 +43,7 @@ BUSY_TIMEOUT_S = 2.0
 # How long the end of a call is tried again: what was delivered has to be paid.
 RESOLVE_S = 10.0
 RETRY_S = 0.05  # doubles each time, up to a second
+BATCH_MAX = 32  # requests that share a transaction; what else is asked waits for all of them
 PRICING_S = 1.0  # how old an answer of `pricing` may be
 
 
@@ -49,7 +52,7 @@ class Credits:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._thread = _Thread()
+        self._thread = _Thread(self._together, self._wait_until)
         self._connection: Connection
         self._pricing: tuple[float, dict[str, Any]] = (0.0, {})
 
@@ -103,11 +106,11 @@ class Credits:
             return hold
 
         try:
-            return await self._run(work)
+            return await self._run(work, joint=True)
         except asyncio.CancelledError:
             # Nobody will ever know of this hold; after it in the queue, so that it is there if it is to be.
             with contextlib.suppress(StorageError):  # it is closed: the hold expires
-                self._thread.send(lambda: self._void(key, call_id, "the client left") if made else None)
+                self._thread.send(_Request(lambda: self._void(key, call_id, "the client left") if made else None))
             raise
 
     async def post(self, key: Key | None, call_id: str, units: int | None = None) -> Hold:
@@ -374,98 +377,148 @@ class Credits:
 
     # Between the loop and the thread.
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        """Does the work in the thread. It waits for a locked ledger until BUSY_TIMEOUT_S after now."""
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-
-        def patiently() -> T:
-            # Asked for at each request: behind a locked ledger a queue builds up, whose requests have waited already.
-            left_ms = max(round((deadline - time.monotonic()) * 1000), 0)
-            if abs(left_ms - self._waits_ms) > 20:
-                self._connection.execute(f"PRAGMA busy_timeout = {left_ms}")
-                self._waits_ms = left_ms
-            return work()
-
-        return await self._thread.run(patiently)
+    async def _run(self, work: Callable[[], T], *, joint: bool = False) -> T:
+        """Does the work in the thread, where it waits for a locked ledger until BUSY_TIMEOUT_S after now. joint: it is
+        one transaction, and may share it with others."""
+        return await self._thread.run(work, joint=joint, deadline=time.monotonic() + BUSY_TIMEOUT_S)
 
     async def _persistently(self, work: Callable[[], T]) -> T:
-        """Does the work, again after a StorageError until RESOLVE_S have passed."""
+        """Does the work, a transaction, again after a StorageError until RESOLVE_S have passed."""
         deadline, pause = time.monotonic() + RESOLVE_S, RETRY_S
         while True:
             try:
-                return await self._run(work)
+                return await self._run(work, joint=True)
             except StorageError:
                 if time.monotonic() + pause > deadline:
                     raise
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
 
+    def _wait_until(self, deadline: float) -> None:
+        """For the lock. Behind a locked ledger a queue builds up, whose requests have waited already."""
+        left_ms = max(round((deadline - time.monotonic()) * 1000), 0)
+        if abs(left_ms - self._waits_ms) > 20:
+            self._connection.execute(f"PRAGMA busy_timeout = {left_ms}")
+            self._waits_ms = left_ms
+
+    def _together(self, works: list[Callable[[], Any]]) -> list[_Outcome]:
+        """Does all in one transaction, each in a savepoint of its own: so many share the wait for the disk. What one
+        raises undoes that one. Raises StorageError when nothing was written for any."""
+        outcomes = []
+        with immediate(self._connection):
+            for work in works:
+                outcomes.append(outcome := _attempt(work))
+                if isinstance(outcome.failure, StorageError):
+                    raise outcome.failure
+                if not self._connection.in_transaction:  # SQLite has rolled all of it back, as when the disk is full
+                    raise StorageError("the ledger's transaction was rolled back")
+        return outcomes
+
+
+class _Outcome(NamedTuple):
+    result: Any = None
+    failure: BaseException | None = None
+
+
+class _Request(NamedTuple):
+    """Work for the thread; joint works may share a transaction. Without a future nobody learns what comes of it."""
+
+    work: Callable[[], Any]
+    future: asyncio.Future[Any] | None = None
+    joint: bool = False
+    deadline: float = math.inf
+
+
+def _attempt(work: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(work())
+    except BaseException as error:  # a panic in solders is no Exception
+        return _Outcome(failure=error)
+
 
 class _Thread:
     """Does what the loop's tasks ask, one after the other, in a thread of its own.
 
-    Two hops cost less than a ThreadPoolExecutor's: no lock and no object for other threads to wait at, and one wake-up
-    of the loop for all results that are there when it comes.
+    The way there and back costs half of a ThreadPoolExecutor's: no lock and no object for other threads to wait at, and
+    one wake-up of the loop for all results that are there when it comes. What is joint and waits in line is done
+    together.
     """
 
-    def __init__(self) -> None:
-        self._requests: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any] | None] | None] = (
-            queue.SimpleQueue()
-        )
-        self._results: collections.deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = collections.deque()
+    def __init__(
+        self, together: Callable[[list[Callable[[], Any]]], list[_Outcome]], wait_until: Callable[[float], None]
+    ) -> None:
+        self._together, self._wait_until = together, wait_until
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._results: collections.deque[tuple[asyncio.Future[Any], _Outcome]] = collections.deque()
         self._awake = False  # the loop was told, and has not come yet
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work, name="diffusionz-credits", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="diffusionz-credits", daemon=True)
         self._thread.start()
 
-    async def run(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T], *, joint: bool = False, deadline: float = math.inf) -> T:
         future: asyncio.Future[T] = self._loop.create_future()
-        self.send(work, future)
+        self.send(_Request(work, future, joint, deadline))
         return await future
 
-    def send(self, work: Callable[[], object], future: asyncio.Future[Any] | None = None) -> None:
-        """Without a future nobody learns what comes of it."""
+    def send(self, request: _Request) -> None:
+        """Raises StorageError after `close`."""
         if self._closed:
             raise StorageError("the ledger is closed")
-        self._requests.put((work, future))
+        self._requests.put(request)
 
     async def close(self, last: Callable[[], object]) -> None:
         """Does `last` after everything that was asked before; whatever is asked later raises StorageError."""
         if self._closed or self._thread is None:
             return
         done: asyncio.Future[None] = self._loop.create_future()
-        self.send(last, done)
+        self.send(_Request(last, done))
         self._closed = True
         self._requests.put(None)
         await done
 
-    def _work(self) -> None:
-        while (request := self._requests.get()) is not None:
-            work, future = request
-            result, failure = None, None
-            try:
-                result = work()
-            except BaseException as error:  # a panic in solders is no Exception
-                failure = error
-            if future is not None:
-                self._results.append((future, result, failure))
-                if not self._awake:
-                    self._awake = True
-                    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                        self._loop.call_soon_threadsafe(self._deliver)
-            del request, work, future, result, failure  # not kept until the next request
+    def _serve(self) -> None:
+        following: list[_Request | None] = []  # at most one, taken from the queue and not for the last batch
+        while (request := following.pop() if following else self._requests.get()) is not None:
+            batch = [request]
+            while request.joint and len(batch) < BATCH_MAX and not following:
+                try:
+                    further = self._requests.get_nowait()
+                except queue.Empty:
+                    break
+                if further is not None and further.joint:
+                    batch.append(further)
+                else:
+                    following.append(further)
+            self._do(batch)
+            del request, batch  # not kept until the next one comes
+
+    def _do(self, batch: list[_Request]) -> None:
+        try:
+            if batch[0].deadline < math.inf:
+                self._wait_until(batch[0].deadline)
+            works = [request.work for request in batch]
+            outcomes = self._together(works) if len(batch) > 1 else [_attempt(works[0])]
+        except BaseException as error:
+            outcomes = [_Outcome(failure=error)] * len(batch)
+        self._results.extend(
+            (request.future, outcome) for request, outcome in zip(batch, outcomes, strict=True) if request.future
+        )
+        if self._results and not self._awake:
+            self._awake = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._awake = False  # first, so that what comes from now on wakes the loop again
         while self._results:
-            future, result, failure = self._results.popleft()
+            future, outcome = self._results.popleft()
             if future.cancelled():
                 continue
-            if failure is not None:
-                future.set_exception(failure)
+            if outcome.failure is not None:
+                future.set_exception(outcome.failure)
             else:
-                future.set_result(result)
+                future.set_result(outcome.result)

@@ -246,6 +246,83 @@ def test_of_many_at_once_so_many_are_held_as_the_balance_pays(run: Callable[...,
     run(test)
 
 
+@contextlib.asynccontextmanager
+async def line_up(credits: Credits) -> AsyncIterator[None]:
+    """What is asked in the block waits in line, and so is done together."""
+    waiting = asyncio.create_task(credits._run(lambda: time.sleep(0.2)))
+    await asyncio.sleep(0.05)
+    yield
+    await waiting
+
+
+def test_those_that_wait_in_line_share_a_transaction_and_not_their_fate(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+    together = Credits._together
+    monkeypatch.setattr(Credits, "_together", lambda self, works: [shared.append(len(works)), together(self, works)][1])
+
+    async def test(credits: Credits) -> None:
+        poor, key = await key_of(credits, daily_limit=IMAGE), await key_of(credits)
+        async with line_up(credits):
+            asked = [
+                asyncio.create_task(credits.hold(who, "user:a", service, units, call, "hash", 60))
+                for who, service, units, call in (
+                    (poor, "zimage", 1, "one"),
+                    (poor, "zimage", 1, "two"),  # beyond the key's limit
+                    (key, "zimage", 21, "three"),  # beyond the balance
+                    (key, "nothing", 1, "four"),
+                    (key, "zimage", 19, "five"),
+                    (key, "zimage", 19, "five"),  # again
+                    (key, "chronos2", 1, "six"),  # beyond what is left
+                )
+            ]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        answers = [type(each) if isinstance(each, BaseException) else each.created for each in outcomes]
+        assert answers == [True, IdentityError, BalanceError, NotFoundError, True, False, BalanceError]
+        assert shared == [7]
+        assert (await credits.balance("user:a"))["held"] == 20 * IMAGE and await spent(credits, poor) == IMAGE
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["raises", "rolls back"])
+def test_when_the_disk_fails_under_one_nothing_is_written_for_any(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async def test(credits: Credits) -> None:
+        for call in ("a", "b"):
+            await credits.hold(None, "user:a", "zimage", 1, call, "hash", 60)
+        hold = credits._charges.hold
+
+        def failing(account: str, service: str, units: int, call_id: str, *rest: Any) -> Any:
+            held = hold(account, service, units, call_id, *rest)
+            if call_id == "two" and how == "raises":
+                raise StorageError("database or disk is full")
+            if call_id == "two":
+                credits._connection.execute("ROLLBACK")  # as SQLite does by itself
+            return held
+
+        monkeypatch.setattr(credits._charges, "hold", failing)
+        async with line_up(credits):
+            holds = [
+                asyncio.create_task(credits.hold(None, "user:a", "zimage", 1, call, "hash", 60))
+                for call in ("one", "two", "three")
+            ]
+            posts = [asyncio.create_task(credits.post(None, call)) for call in ("a", "b")]
+            await asyncio.sleep(0)
+        failures = await asyncio.gather(*holds, return_exceptions=True)
+        assert all(isinstance(failure, StorageError) for failure in failures), failures
+        for call in ("one", "two", "three"):
+            assert await credits.find(call) is None
+        # What ends a call is tried again, and so is done after all.
+        assert [posted.state for posted in await asyncio.gather(*posts)] == ["posted", "posted"]
+        assert (await credits.balance("user:a"))["posted"] == 900 * TOKEN
+
+    run(test)
+
+
 def test_after_its_time_a_hold_is_not_posted(run: Callable[..., None]) -> None:
     async def test(credits: Credits) -> None:
         key = await key_of(credits, daily_limit=IMAGE)
