@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import io
 import re
@@ -18,7 +17,7 @@ from starlette.routing import Route
 from diffusionz.server.caller import COOKIE, SESSION_S, Caller
 from diffusionz.server.calls import json_body, json_response, state_of
 from diffusionz.server.decoding import decode
-from diffusionz.server.problems import Problem
+from diffusionz.server.problems import Problem, invalid
 
 if TYPE_CHECKING:
     from diffusionz.payments.keys import Key
@@ -112,7 +111,7 @@ def _whole(request: Request, name: str, default: int | None, most: int) -> int |
     if text is None:
         return default
     if not text.isascii() or not text.isdecimal() or len(text) > 19 or not 1 <= int(text) <= most:
-        raise Problem("invalid-request", f"{name} is {text[:40]!r}; it must be a whole number from 1 to {most}", param=name)
+        raise invalid(f"{name} is {text[:40]!r}; it must be a whole number from 1 to {most}", param=name)
     return int(text)
 
 
@@ -152,9 +151,13 @@ async def sign_in(request: Request) -> Response:
     response = json_response(about, headers={"cache-control": "no-store"})
     secure = request.url.scheme == "https" or state_of(request).settings.https
     response.set_cookie(
-        COOKIE, state_of(request).callers.session(signed.account), max_age=SESSION_S, httponly=True, samesite="strict",
+        COOKIE,
+        state_of(request).callers.session(signed.account),
+        max_age=SESSION_S,
+        httponly=True,
+        samesite="strict",
         secure=secure,
-    )  # fmt: skip
+    )
     return response
 
 
@@ -165,7 +168,7 @@ async def _checked(work: Any, param: str) -> Any:
     try:
         return await work
     except IdentityError as error:
-        raise Problem("invalid-request", str(error), param=param) from None
+        raise invalid(str(error), param=param) from None
 
 
 def _signature(text: str) -> str | bytes:
@@ -217,9 +220,15 @@ async def key(request: Request) -> Response:
 
 def _shown(key: Key) -> dict[str, Any]:
     return {
-        "id": key.id, "shown": key.shown, "name": key.name, "services": key.services, "daily_limit": key.daily_limit,
-        "created_at": key.created_at, "used_at": key.used_at, "revoked_at": key.revoked_at,
-    }  # fmt: skip
+        "id": key.id,
+        "shown": key.shown,
+        "name": key.name,
+        "services": key.services,
+        "daily_limit": key.daily_limit,
+        "created_at": key.created_at,
+        "used_at": key.used_at,
+        "revoked_at": key.revoked_at,
+    }
 
 
 # --- A dev chain ---
@@ -231,7 +240,9 @@ async def faucet(request: Request) -> Response:
     if state.ledger is None or state.ledger.faucet is None:
         raise Problem("not-found", "there is a faucet on dev chains alone")
     asked = decode(await json_body(request), _Faucet)
-    sent = await state.ledger.faucet(asked.address, tokens=_amount("tokens", asked.tokens), sol=_amount("sol", asked.sol))
+    sent = await state.ledger.faucet(
+        asked.address, tokens=_amount("tokens", asked.tokens), sol=_amount("sol", asked.sol)
+    )
     return json_response(sent)
 
 
@@ -243,7 +254,7 @@ def _amount(name: str, value: str | float | None) -> Decimal | None:
     except InvalidOperation:
         amount = Decimal("NaN")
     if not amount.is_finite() or not 0 <= amount <= 10**9:
-        raise Problem("invalid-request", f"{name} is {str(value)[:40]!r}; it must be a number from 0 to 10^9", param=name)
+        raise invalid(f"{name} is {str(value)[:40]!r}; it must be a number from 0 to 10^9", param=name)
     return amount
 
 

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from diffusionz.server import calls
-from diffusionz.server.calls import json_body, json_response, state_of
 from diffusionz.server.caller import Caller
+from diffusionz.server.calls import json_body, json_response, state_of
 from diffusionz.server.decoding import decode
 from diffusionz.server.jobs import Job, Order
 from diffusionz.server.problems import Problem
@@ -167,9 +167,10 @@ async def image(request: Request) -> Response:
     if number >= len(files) or files[number].extension != extension:
         raise Problem("not-found", "the job has no such picture")
     return Response(
-        files[number].content, headers={"cache-control": "private, max-age=3600, immutable"},
+        files[number].content,
+        headers={"cache-control": "private, max-age=3600, immutable"},
         media_type=files[number].content_type,
-    )  # fmt: skip
+    )
 
 
 # --- Models ---

@@ -16,7 +16,6 @@ from diffusionz.server import accounts, api, operations, page
 from diffusionz.server.caller import Callers
 from diffusionz.server.edge import Edge
 from diffusionz.server.jobs import Jobs, Service
-from diffusionz.server.metrics import Metrics
 from diffusionz.server.models import Models
 from diffusionz.server.problems import Problem, problem_of
 from diffusionz.server.settings import Settings
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
     from diffusionz.server.ledger import Ledger
 
 
-def create_app(settings: Settings, engines: Models, ledger: Ledger | None = None, *, services: Iterable[Service]) -> Edge:
+def create_app(
+    settings: Settings, engines: Models, ledger: Ledger | None = None, *, services: Iterable[Service]
+) -> Edge:
     """The ASGI application of a server that has these models and, where calls cost something, this ledger."""
     metrics = engines.metrics
     registry: Mapping[str, Service] = {service.name: service for service in services}
@@ -41,8 +42,11 @@ def create_app(settings: Settings, engines: Models, ledger: Ledger | None = None
             yield
 
     routes: list[BaseRoute] = [
-        *api.routes(), *operations.routes(), *accounts.routes(), *page.routes(_page(state)),
-    ]  # fmt: skip
+        *api.routes(),
+        *operations.routes(),
+        *accounts.routes(),
+        *page.routes(_page(state)),
+    ]
     handlers: Mapping[Any, Any] = {HTTPException: _refused, Problem: _problem, Exception: _problem}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.state.parts = state
@@ -63,14 +67,25 @@ def _page(state: State) -> page.Context:
     if ledger is not None:
         prices = ledger.settings.prices
         services = [
-            {"name": name, "unit": prices[name].unit, "per": prices[name].per, "usd": format_usd(prices[name].micro_usd)}
-            for name in state.services if name in prices
-        ]  # fmt: skip
+            {
+                "name": name,
+                "unit": prices[name].unit,
+                "per": prices[name].per,
+                "usd": format_usd(prices[name].micro_usd),
+            }
+            for name in state.services
+            if name in prices
+        ]
         token = {"symbol": ledger.settings.token_symbol, "decimals": ledger.settings.token_decimals}
     return page.Context(
-        diffusionz.__version__, settings.limits, free=settings.free, dev=settings.dev, models=models, services=services,
+        diffusionz.__version__,
+        settings.limits,
+        free=settings.free,
+        dev=settings.dev,
+        models=models,
+        services=services,
         token=token,
-    )  # fmt: skip
+    )
 
 
 async def _problem(request: Request, error: Exception) -> Response:

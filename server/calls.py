@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from diffusionz.server.caller import Caller
 from diffusionz.server.jobs import Job, Order
-from diffusionz.server.problems import Problem
+from diffusionz.server.problems import Problem, invalid
 
 if TYPE_CHECKING:
     from diffusionz.server.state import State
@@ -47,7 +47,7 @@ async def submit(request: Request, order: Order, caller: Caller, body: bytes) ->
     """(the job of a request, the headers that its answer has to carry). Raises Problem."""
     key = request.headers.get("idempotency-key")
     if key is not None and not _KEY.fullmatch(key):
-        raise Problem("invalid-request", "the Idempotency-Key must be 1 to 255 visible ASCII characters")
+        raise invalid("the Idempotency-Key must be 1 to 255 visible ASCII characters")
     digest = hashlib.blake2b(request.url.path.encode() + b"\n" + body, digest_size=24).hexdigest()
     job, replayed = await state_of(request).jobs.submit(
         order, caller, request_hash=digest, request_id=request.scope["request_id"], idempotency_key=key
@@ -97,9 +97,10 @@ async def _gone(request: Request) -> None:
 def events(request: Request, job: Job, headers: dict[str, str], *, cancel_when_gone: bool) -> Response:
     """The job's events as a stream. Raises Problem when the caller has too many open."""
     return StreamingResponse(
-        _stream(request, job, cancel_when_gone), headers=headers | {"cache-control": "no-store", "x-accel-buffering": "no"},
+        _stream(request, job, cancel_when_gone),
+        headers=headers | {"cache-control": "no-store", "x-accel-buffering": "no"},
         media_type="text/event-stream",
-    )  # fmt: skip
+    )
 
 
 async def _stream(request: Request, job: Job, cancel_when_gone: bool) -> AsyncIterator[bytes]:

@@ -24,8 +24,9 @@ then:
   curl -s 127.0.0.1:8100/generate --json '{"prompt": "a red circle on a blue background"}' -o out.webp
   curl -s 127.0.0.1:8100/forecast --json '{"values": [112, 118, 132, 129, 121, 135, 148, 148], "prediction_length": 4}'
 
-One of --free, --dev and --payments says who pays; --payments is meant where there is a payments.toml. Models are loaded when they are first
-asked for and let go after --keep-alive, or when --memory-budget wants another. SIGTERM lets running jobs end first.
+One of --free, --dev and --payments says who pays; --payments is meant where there is a payments.toml. Models are loaded
+when they are first asked for and let go after --keep-alive, or when --memory-budget wants another. SIGTERM lets running
+jobs end first.
 DIFFUSIONZ_ADMIN_TOKEN in the environment opens /metrics, /api/load and /api/unload to who sends it.
 """
 
@@ -46,14 +47,21 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("--dev", action="store_true", default=None, help="a dev chain, a ledger and a faucet of its own, in memory")
     add("--payments", metavar="FILE", help=f"sell calls, by these settings (default: {PAYMENTS_CONFIG}, if it is here)")
     add("--config", metavar="FILE", help="the server's settings, in TOML: models, limits, providers")
-    add("--zimage", action="append", metavar="[NAME=]MODEL", help="a model that draws; may be repeated (default: the demo)")
+    add(
+        "--zimage",
+        action="append",
+        metavar="[NAME=]MODEL",
+        help="a model that draws; may be repeated (default: the demo)",
+    )
     add("--chronos2", action="append", metavar="[NAME=]MODEL", help="a model that forecasts; may be repeated")
-    add("--device", help="of the models: auto, cpu, cuda, cuda:N; of those that draw also cuda:0,cuda:1 (default: auto)")
+    add(
+        "--device", help="of the models: auto, cpu, cuda, cuda:N; of those that draw also cuda:0,cuda:1 (default: auto)"
+    )
     add("--precision", help="of those that draw: auto, float32, bfloat16, fp8 (default: auto)")
     add("--forecast-precision", help="of those that forecast: auto, float32, tf32, float16, bfloat16 (default: auto)")
     add("--max-vram", metavar="SIZE", help="GPU memory to take at most, 8GB or so (default: no limit)")
     add("--memory-budget", metavar="SIZE", help="of all models' weights together (default: no limit)")
-    add("--keep-alive", metavar="TIME", help='how long a model stays after its last use: 10m, 0, -1 (default: 4m)')
+    add("--keep-alive", metavar="TIME", help="how long a model stays after its last use: 10m, 0, -1 (default: 4m)")
     add("--preload", action="append", metavar="NAME", help="load this model at the start, and keep it")
     add("--drain", type=float, dest="drain_s", metavar="SECONDS", help="for running jobs at the end (default: 30)")
     add("--public-url", metavar="URL", help="where the outside reaches it, behind a proxy: https://example.org")
@@ -81,9 +89,22 @@ def serve(args: argparse.Namespace) -> int:
 
         given = {
             name: getattr(args, name)
-            for name in ("host", "port", "free", "free_for_all", "dev", "payments", "memory_budget", "keep_alive", "drain_s",
-                         "public_url", "trusted_proxies", "access_log", "log_format")
-        }  # fmt: skip
+            for name in (
+                "host",
+                "port",
+                "free",
+                "free_for_all",
+                "dev",
+                "payments",
+                "memory_budget",
+                "keep_alive",
+                "drain_s",
+                "public_url",
+                "trusted_proxies",
+                "access_log",
+                "log_format",
+            )
+        }
         given["preload"] = tuple(args.preload) if args.preload else None
         given["log_format"] = given["log_format"] or ("text" if sys.stderr.isatty() else "json")
         if args.config is None and not (args.free or args.dev or args.payments) and os.path.exists(PAYMENTS_CONFIG):
@@ -91,9 +112,10 @@ def serve(args: argparse.Namespace) -> int:
         options: dict[str, dict[str, Any]] = {
             "zimage": {"device": args.device, "precision": args.precision, "max_vram": args.max_vram},
             "chronos2": {
-                "device": args.device.split(",")[0] if args.device else None, "precision": args.forecast_precision,
+                "device": args.device.split(",")[0] if args.device else None,
+                "precision": args.forecast_precision,
             },
-        }  # fmt: skip
+        }
         options = {family: {k: v for k, v in about.items() if v is not None} for family, about in options.items()}
         if args.zimage or args.chronos2 or args.config is None:
             given["models"] = tuple(
@@ -146,7 +168,9 @@ def ps(args: argparse.Namespace) -> int:
         with urllib.request.urlopen(url + "/api/ps", timeout=10) as answer:
             models = json.load(answer)["models"]
     except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
-        raise DiffusionzError(f"{url} does not answer: {getattr(error, 'reason', error)}; is `diffusionz serve` running?") from None
+        raise DiffusionzError(
+            f"{url} does not answer: {getattr(error, 'reason', error)}; is `diffusionz serve` running?"
+        ) from None
     if args.json:
         print(json.dumps(models, indent=2))
         return 0

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from diffusionz.server.problems import Problem
+from diffusionz.server.problems import invalid
 
 Value = TypeVar("Value")
 
@@ -29,9 +29,9 @@ def decode(body: bytes, kind: type[Value]) -> Value:
         text = str(error)
         at, field = _AT.search(text), _FIELD.search(text)
         path = [part for part in (at[1] if at else "", field[1] if field else "") if part]
-        raise Problem("invalid-request", _sentence(text, kind), param=".".join(path) or None) from None
+        raise invalid(_sentence(text, kind), param=".".join(path) or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Problem("invalid-request", f"the body is not JSON: {error}") from None
+        raise invalid(f"the body is not JSON: {error}") from None
 
 
 def _sentence(text: str, kind: type) -> str:

@@ -1,4 +1,4 @@
-"""The outermost layer, pure ASGI: request ids, size and time of bodies, the headers of every answer, and the log line."""
+"""The outermost layer, pure ASGI: request ids, size and time of bodies, headers of every answer, and the log line."""
 
 from __future__ import annotations
 
@@ -72,11 +72,17 @@ class Edge:
             if self.access_log:
                 logger.info(
                     "request",
-                    extra={"fields": {
-                        "request_id": scope["request_id"], "method": scope["method"], "path": scope["path"],
-                        "status": status, "ms": round(seconds * 1e3, 2), "client": (scope.get("client") or ("",))[0],
-                    }},
-                )  # fmt: skip
+                    extra={
+                        "fields": {
+                            "request_id": scope["request_id"],
+                            "method": scope["method"],
+                            "path": scope["path"],
+                            "status": status,
+                            "ms": round(seconds * 1e3, 2),
+                            "client": (scope.get("client") or ("",))[0],
+                        }
+                    },
+                )
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive`, which fails for a body that is too large, or comes too slowly."""
@@ -93,9 +99,10 @@ class Edge:
                     message = await receive()
             except TimeoutError:
                 raise Problem(
-                    "too-large", f"the body did not arrive within {self.limits.body_s:g} seconds",
+                    "too-large",
+                    f"the body did not arrive within {self.limits.body_s:g} seconds",
                     headers={"connection": "close"},
-                ) from None  # fmt: skip
+                ) from None
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
                 if read > self.limits.body_bytes:
@@ -108,9 +115,10 @@ class Edge:
 
     def _too_large_problem(self) -> Problem:
         return Problem(
-            "too-large", f"the body is over {self.limits.body_bytes} bytes, which are allowed",
+            "too-large",
+            f"the body is over {self.limits.body_bytes} bytes, which are allowed",
             headers={"connection": "close"},
-        )  # fmt: skip
+        )
 
     def _too_large(self) -> Any:
         return self._too_large_problem().response()

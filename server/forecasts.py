@@ -21,7 +21,7 @@ from diffusionz.server.jobs import Job, Order, Result
 from diffusionz.server.limits import Limits
 from diffusionz.server.metrics import Metrics
 from diffusionz.server.models import Models, parse_keep_alive
-from diffusionz.server.problems import Problem
+from diffusionz.server.problems import invalid
 from diffusionz.server.schemas import ForecastBatchRequest, ForecastRequest
 from diffusionz.server.threads import in_thread
 
@@ -78,19 +78,19 @@ class Forecasts:
         if not several:
             rows = [rows]
         elif any(not isinstance(row, list) or len(row) != len(rows[0]) for row in rows):
-            raise Problem(
-                "invalid-request", "values must be numbers, or rows of one length; rows of several lengths go as series",
+            raise invalid(
+                "values must be numbers, or rows of one length; rows of several lengths go as series",
                 param="values",
-            )  # fmt: skip
+            )
         covariates = {**(request.past_covariates or {}), **(request.future_covariates or {})}
         self._check_size(len(rows) + len(covariates), len(rows[0]) * len(rows), request)
         targets = numpy.stack([_series(row, "values") for row in rows])
         entry: Any = targets if len(rows) > 1 else targets[0]
         if request.constrain_ohlc and len(rows) != 4:
-            raise Problem(
-                "invalid-request", f"constrain_ohlc needs four series in values, open, high, low, close; there are {len(rows)}",
+            raise invalid(
+                f"constrain_ohlc needs four series in values, open, high, low, close; there are {len(rows)}",
                 param="constrain_ohlc",
-            )  # fmt: skip
+            )
         schema: tuple[Any, ...] = ()
         if covariates:
             entry, schema = self._with_covariates(request, entry, len(rows[0]))
@@ -104,58 +104,70 @@ class Forecasts:
         if not request.constrain_ohlc:
             return self._order(request, arrays, [1] * len(arrays), (), "many")
         if len(arrays) % 4:
-            raise Problem(
-                "invalid-request", f"constrain_ohlc needs series in fours, open, high, low, close; there are {len(arrays)}",
+            raise invalid(
+                f"constrain_ohlc needs series in fours, open, high, low, close; there are {len(arrays)}",
                 param="series",
-            )  # fmt: skip
+            )
         candles = [arrays[i : i + 4] for i in range(0, len(arrays), 4)]
         for i, candle in enumerate(candles):
             if len({len(array) for array in candle}) > 1:
-                raise Problem(
-                    "invalid-request", f"series {4 * i} to {4 * i + 3} are one candle's and have different lengths",
+                raise invalid(
+                    f"series {4 * i} to {4 * i + 3} are one candle's and have different lengths",
                     param=f"series[{4 * i}]",
-                )  # fmt: skip
+                )
         return self._order(request, [numpy.stack(candle) for candle in candles], [4] * len(candles), (), "many")
 
     def _order(
-        self, request: ForecastRequest | ForecastBatchRequest, entries: list[Any], targets: list[int],
-        schema: tuple[Any, ...], answer: str,
-    ) -> Order:  # fmt: skip
+        self,
+        request: ForecastRequest | ForecastBatchRequest,
+        entries: list[Any],
+        targets: list[int],
+        schema: tuple[Any, ...],
+        answer: str,
+    ) -> Order:
         spec = self._models.find(request.model, self.name)
         if request.keep_alive is not None:
             parse_keep_alive(request.keep_alive)
         levels = [float(level) for level in request.quantile_levels]
         if not all(0 < level < 1 for level in levels) or any(a >= b for a, b in itertools.pairwise(levels)):
-            raise Problem(
-                "invalid-request", f"quantile_levels is {levels}; they must ascend, each over 0 and under 1",
+            raise invalid(
+                f"quantile_levels is {levels}; they must ascend, each over 0 and under 1",
                 param="quantile_levels",
-            )  # fmt: skip
+            )
         # Sorting each step's quantiles mixes the levels, so there all must be the same.
         alike = tuple(levels) if request.monotone else ()
         shared = (
-            spec.name, request.prediction_length, request.context_length, request.monotone, request.constrain_ohlc,
-            request.returns, request.trend, alike, schema,
-        )  # fmt: skip
+            spec.name,
+            request.prediction_length,
+            request.context_length,
+            request.monotone,
+            request.constrain_ohlc,
+            request.returns,
+            request.trend,
+            alike,
+            schema,
+        )
         task = Task(entries, targets, levels, shared, request.keep_alive, answer)
         return Order(self, task, units=sum(targets))
 
-    def _with_covariates(self, request: ForecastRequest, target: Any, length: int) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    def _with_covariates(
+        self, request: ForecastRequest, target: Any, length: int
+    ) -> tuple[dict[str, Any], tuple[Any, ...]]:
         past, future = request.past_covariates or {}, request.future_covariates or {}
         for name, values in past.items():
             if len(values) != length:
-                raise Problem(
-                    "invalid-request", f"the covariate {name!r} has {len(values)} values; it must have {length}, like values",
+                raise invalid(
+                    f"the covariate {name!r} has {len(values)} values; it must have {length}, like values",
                     param=f"past_covariates.{name}",
-                )  # fmt: skip
+                )
         for name, values in future.items():
             if name not in past:
-                raise Problem(
-                    "invalid-request", f"the covariate {name!r} has a future and no past; it must be in past_covariates too",
+                raise invalid(
+                    f"the covariate {name!r} has a future and no past; it must be in past_covariates too",
                     param=f"future_covariates.{name}",
-                )  # fmt: skip
+                )
             if len(values) != request.prediction_length:
-                raise Problem(
-                    "invalid-request",
+                raise invalid(
                     f"the covariate {name!r} has {len(values)} future values; it must have {request.prediction_length}",
                     param=f"future_covariates.{name}",
                 )
@@ -176,7 +188,7 @@ class Forecasts:
             ("quantile_levels", len(request.quantile_levels), limits.levels, "levels"),
         ):
             if count > most:
-                raise Problem("invalid-request", f"{count} {unit} are asked for; at most {most} are allowed", param=param)
+                raise invalid(f"{count} {unit} are asked for; at most {most} are allowed", param=param)
 
     async def run(self, job: Job) -> bytes:
         return await self._batcher.forecast(job.order.request)
@@ -267,9 +279,10 @@ class Batcher:
         self._last_count = len(batch)
         try:
             task = batch[0].task
-            async with self._models.use(task.shared[0], next(
-                (asked.task.keep_alive for asked in batch if asked.task.keep_alive is not None), None
-            )) as model:  # fmt: skip
+            async with self._models.use(
+                task.shared[0],
+                next((asked.task.keep_alive for asked in batch if asked.task.keep_alive is not None), None),
+            ) as model:
                 answers = await self._call(model, batch)
         except Exception as error:
             answers = [error] * len(batch)
@@ -300,7 +313,9 @@ class Batcher:
         watch = on_progress if work * self._s_per_work > self.TARGET_S or not self._s_per_work else None
         began = time.perf_counter()
         try:
-            answers: list[bytes | Exception] = list(await in_thread(self._thread, lambda: forecast(model, tasks, watch), stop))
+            answers: list[bytes | Exception] = list(
+                await in_thread(self._thread, lambda: forecast(model, tasks, watch), stop)
+            )
         except (DiffusionzError, MemoryError) as error:
             if len(batch) == 1:
                 return [error]
@@ -318,9 +333,16 @@ def forecast(model: Any, tasks: list[Task], on_progress: Any = None) -> list[byt
     _, horizon, context_length, monotone, constrain_ohlc, returns, trend, _, _ = tasks[0].shared
     levels = sorted({level for task in tasks for level in task.levels})
     made = model.forecast(
-        [entry for task in tasks for entry in task.entries], horizon, levels, context_length=context_length,
-        monotone=monotone, constrain_ohlc=constrain_ohlc, returns=returns, on_progress=on_progress, progress=False,
-    )  # fmt: skip
+        [entry for task in tasks for entry in task.entries],
+        horizon,
+        levels,
+        context_length=context_length,
+        monotone=monotone,
+        constrain_ohlc=constrain_ohlc,
+        returns=returns,
+        on_progress=on_progress,
+        progress=False,
+    )
     place = {level: i for i, level in enumerate(levels)}
     quantiles, means = made.quantiles, made.mean
     sentences = [
@@ -345,7 +367,11 @@ def forecast(model: Any, tasks: list[Task], on_progress: Any = None) -> list[byt
         if task.answer == "one":
             value: Any = parts[0]
         elif task.answer == "targets":
-            value = {name: [part[name] for part in parts] for name in parts[0] if name not in ("quantiles", "prediction_length")}
+            value = {
+                name: [part[name] for part in parts]
+                for name in parts[0]
+                if name not in ("quantiles", "prediction_length")
+            }
             value["quantiles"] = {key: [part["quantiles"][key] for part in parts] for key in parts[0]["quantiles"]}
             value["prediction_length"] = horizon
         else:
@@ -359,7 +385,7 @@ def _array(values: list[float | None], param: str) -> Series:
     with numpy.errstate(over="ignore"):
         array = numpy.array(values, numpy.float32)  # None becomes NaN
     if numpy.isinf(array).any():
-        raise Problem("invalid-request", f"{param} has a value beyond float32's range, about 3.4e38", param=param)
+        raise invalid(f"{param} has a value beyond float32's range, about 3.4e38", param=param)
     return array
 
 
@@ -367,7 +393,7 @@ def _series(values: list[float | None], param: str) -> Series:
     """As `_array`; something must have been observed."""
     array = _array(values, param)
     if not len(array) or numpy.isnan(array).all():
-        raise Problem("invalid-request", f"{param} has no values; one at least must be there", param=param)
+        raise invalid(f"{param} has no values; one at least must be there", param=param)
     return array
 
 
@@ -375,4 +401,3 @@ def _values(entry: Any) -> int:
     if isinstance(entry, dict):
         return _values(entry["target"]) + sum(map(len, entry["past_covariates"].values()))
     return int(entry.size)
-

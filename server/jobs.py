@@ -65,7 +65,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A request that was found valid, and what it comes to: `units` of the price table, `weight` of the queue's time."""
+    """A valid request, and what it comes to: `units` of the price table, `weight` of the queue's time."""
 
     service: Service
     request: Any
@@ -251,9 +251,15 @@ class Jobs:
     # --- In ---
 
     async def submit(
-        self, order: Order, caller: Caller, *, request_hash: str, request_id: str, idempotency_key: str | None = None,
-    ) -> tuple[Job, bool]:  # fmt: skip
-        """(the job, its price held; whether it was there before under this key). Raises Problem; then nothing is held."""
+        self,
+        order: Order,
+        caller: Caller,
+        *,
+        request_hash: str,
+        request_id: str,
+        idempotency_key: str | None = None,
+    ) -> tuple[Job, bool]:
+        """(the job, its price held; whether it was there before). Raises Problem: then nothing is held."""
         key = (caller.account, idempotency_key) if idempotency_key is not None else None
         if key is not None and (known := self._keyed.get(key)) is not None:
             if known.request_hash != request_hash:

@@ -1,4 +1,4 @@
-"""The log: one JSON object a line, or plain text for a terminal. No prompt, no key, no value of a series is ever in it."""
+"""The log: one JSON object a line, or plain text for a terminal. No prompt, key or value of a series is ever in it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusionz import Chronos2, DiffusionzError, ZImage
 from diffusionz.hub import locate
-from diffusionz.server.problems import Problem
+from diffusionz.server.problems import Problem, invalid
 
 if TYPE_CHECKING:
     from diffusionz.server.metrics import Metrics
@@ -108,7 +108,9 @@ class Models:
     def spec(self, name: str) -> Spec:
         """The model of that name. Raises Problem."""
         if name not in self._entries:
-            raise Problem("not-found", f"there is no model {name!r}; there are: {', '.join(self._entries)}", param="model")
+            raise Problem(
+                "not-found", f"there is no model {name!r}; there are: {', '.join(self._entries)}", param="model"
+            )
         return self._entries[name].spec
 
     @contextlib.asynccontextmanager
@@ -170,11 +172,17 @@ class Models:
             expires = None if entry.users or math.isinf(entry.expires_at) else entry.expires_at + ahead
             rows.append(
                 {
-                    "name": entry.spec.name, "family": entry.spec.family, "size": memory["weights_bytes"],
-                    "size_vram": on_device, "device": entry.model.device, "precision": entry.model.precision,
-                    "running": entry.users, "expires_at": expires, "loaded_at": entry.loaded_at,
+                    "name": entry.spec.name,
+                    "family": entry.spec.family,
+                    "size": memory["weights_bytes"],
+                    "size_vram": on_device,
+                    "device": entry.model.device,
+                    "precision": entry.model.precision,
+                    "running": entry.users,
+                    "expires_at": expires,
+                    "loaded_at": entry.loaded_at,
                 }
-            )  # fmt: skip
+            )
         return rows
 
     # --- Parts ---
@@ -195,7 +203,9 @@ class Models:
             logger.info("model %s loaded in %.2f s", spec.name, time.monotonic() - began)
         except MemoryError as error:
             logger.error("model %s: %s", spec.name, error)
-            raise Problem("out-of-memory", f"the model {spec.name} does not fit in memory now", retry_after_s=30) from None
+            raise Problem(
+                "out-of-memory", f"the model {spec.name} does not fit in memory now", retry_after_s=30
+            ) from None
         except (DiffusionzError, OSError) as error:
             logger.error("model %s: %s", spec.name, error)
             raise Problem("model-unavailable", f"the model {spec.name} cannot be loaded", retry_after_s=60) from None
@@ -286,8 +296,9 @@ def parse_keep_alive(value: float | str) -> float:
         if seconds is not None and negative:
             seconds = -seconds
     if seconds is None or math.isnan(seconds):
-        raise Problem(
-            "invalid-request", f'keep_alive is {value!r}; it must be seconds, "10m", 0, or -1 for ever', param="keep_alive"
+        raise invalid(
+            f'keep_alive is {value!r}; it must be seconds, "10m", 0, or -1 for ever',
+            param="keep_alive",
         )
     return math.inf if seconds < 0 else seconds
 

@@ -21,7 +21,7 @@ from diffusionz.server.jobs import File, Job, Order, Result
 from diffusionz.server.lanes import Lane
 from diffusionz.server.limits import Limits
 from diffusionz.server.models import Models, parse_keep_alive
-from diffusionz.server.problems import Problem
+from diffusionz.server.problems import invalid
 from diffusionz.server.schemas import ImageRequest
 from diffusionz.server.threads import in_thread, posted
 
@@ -64,18 +64,20 @@ class Pictures:
         _most("steps", request.steps, limits.steps, "steps")
         _most("n", request.n, limits.pictures, "pictures")
         if request.response_format == "binary" and request.n > 1:
-            raise Problem("invalid-request", f"n is {request.n}; a binary answer is one picture", param="n")
+            raise invalid(f"n is {request.n}; a binary answer is one picture", param="n")
         start = None
         if request.image is not None:
             start = await self._start(request.image)
             for name, asked, there in (("width", request.width, start.width), ("height", request.height, start.height)):
                 if asked not in (None, there):
-                    raise Problem(
-                        "invalid-request", f"{name} is {asked} and the given image's {there}; they must be equal", param=name
+                    raise invalid(
+                        f"{name} is {asked} and the given image's {there}; they must be equal",
+                        param=name,
                     )
                 if there % 16:
-                    raise Problem(
-                        "invalid-request", f"the given image's {name} is {there}; it must be a multiple of 16", param="image"
+                    raise invalid(
+                        f"the given image's {name} is {there}; it must be a multiple of 16",
+                        param="image",
                     )
         width, height = (start.width, start.height) if start else (request.width or side, request.height or side)
         _most("width", width, limits.side_pixels, "pixels")
@@ -90,13 +92,13 @@ class Pictures:
         if text.startswith("data:"):
             head, comma, text = text.partition(",")
             if not comma or not head.endswith(";base64"):
-                raise Problem("invalid-request", "image is a data: URL that is not base64", param="image")
+                raise invalid("image is a data: URL that is not base64", param="image")
         elif text[:8].lower().startswith(("http:", "https:")):
-            raise Problem("invalid-request", "image is a URL; send the picture itself, in base64", param="image")
+            raise invalid("image is a URL; send the picture itself, in base64", param="image")
         try:
             data = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
         except (ValueError, UnicodeEncodeError):
-            raise Problem("invalid-request", "image is not base64", param="image") from None
+            raise invalid("image is not base64", param="image") from None
         return await self.start(data)
 
     async def start(self, data: bytes) -> Start:
@@ -105,7 +107,7 @@ class Pictures:
         try:
             rgb, width, height = await in_thread(self._codecs, lambda: to_rgb(data))
         except ImageError as error:
-            raise Problem("invalid-request", f"image: {error}", param="image") from None
+            raise invalid(f"image: {error}", param="image") from None
         return Start(rgb, width, height)
 
     async def run(self, job: Job) -> list[Image]:
@@ -132,18 +134,29 @@ class Pictures:
             return await in_thread(
                 self._threads,
                 lambda: model.generate_batch(
-                    request.prompt, count=request.n, width=request.width, height=request.height, steps=request.steps,
-                    seed=request.seed, guidance=request.guidance, negative_prompt=request.negative_prompt,
-                    on_progress=on_progress, progress=False, **options,
+                    request.prompt,
+                    count=request.n,
+                    width=request.width,
+                    height=request.height,
+                    steps=request.steps,
+                    seed=request.seed,
+                    guidance=request.guidance,
+                    negative_prompt=request.negative_prompt,
+                    on_progress=on_progress,
+                    progress=False,
+                    **options,
                 ),
                 stop,
-            )  # fmt: skip
+            )
 
     async def finish(self, job: Job, raw: list[Image]) -> Result:
         request: ImageRequest = job.order.request[0]
         job.running("encode", job.step, job.step_count)
         contents = await asyncio.gather(
-            *(in_thread(self._codecs, lambda image=image: image.encode(request.format, quality=request.quality)) for image in raw)  # type: ignore[misc]
+            *(
+                in_thread(self._codecs, lambda image=image: image.encode(request.format, quality=request.quality))
+                for image in raw
+            )  # type: ignore[misc]
         )
         files = tuple(File(content, f"image/{request.format}") for content in contents)
         images = []
@@ -153,14 +166,20 @@ class Pictures:
                 {
                     "url": f"/api/jobs/{job.id}/images/{i}.{file.extension}",
                     "b64_json": base64.b64encode(file.content).decode() if inline else None,
-                    "width": image.width, "height": image.height, "seed": image.seed, "content_type": file.content_type,
+                    "width": image.width,
+                    "height": image.height,
+                    "seed": image.seed,
+                    "content_type": file.content_type,
                 }
-            )  # fmt: skip
+            )
         about = {
-            "images": images, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
-            "steps": request.steps, "guidance": request.guidance,
+            "images": images,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "steps": request.steps,
+            "guidance": request.guidance,
             "model": self._models.find(request.model, self.name).name,
-        }  # fmt: skip
+        }
         return Result(orjson.dumps(about), files)
 
 
@@ -169,14 +188,19 @@ def _preview_event(preview: Preview) -> dict[str, Any]:
     picture = preview.picture
     return {
         "b64_json": base64.b64encode(picture.encode("webp", quality=70)).decode(),
-        "partial_image_index": preview.preview, "index": preview.image, "step": preview.step,
-        "step_count": preview.step_count, "width": picture.width, "height": picture.height, "output_format": "webp",
-    }  # fmt: skip
+        "partial_image_index": preview.preview,
+        "index": preview.image,
+        "step": preview.step,
+        "step_count": preview.step_count,
+        "width": picture.width,
+        "height": picture.height,
+        "output_format": "webp",
+    }
 
 
 def _most(param: str, value: int, most: int, unit: str) -> None:
     if value > most:
-        raise Problem("invalid-request", f"{param} is {value} {unit}; at most {most} are allowed", param=param)
+        raise invalid(f"{param} is {value} {unit}; at most {most} are allowed", param=param)
 
 
 def _pixels_claimed(data: bytes) -> int:

@@ -11,9 +11,10 @@ import dataclasses
 import logging
 from typing import Any
 
-import diffusionz
 import orjson
 from starlette.responses import Response
+
+import diffusionz
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +29,30 @@ class Kind:
 
 
 KINDS = {
-    "invalid-request": Kind(400, "The request is not valid", "error.param names the field, detail says what is allowed."),
+    "invalid-request": Kind(
+        400, "The request is not valid", "error.param names the field, detail says what is allowed."
+    ),
     "unauthorized": Kind(401, "No valid API key", "Send Authorization: Bearer KEY, or sign in."),
-    "insufficient-credit": Kind(402, "Not enough credit", "Deposit tokens, at deposit_url; needed and available say how many."),
-    "forbidden": Kind(403, "Not allowed", "The key is for other services, its daily limit is reached, or it is another account's."),
+    "insufficient-credit": Kind(
+        402, "Not enough credit", "Deposit tokens, at deposit_url; needed and available say how many."
+    ),
+    "forbidden": Kind(
+        403, "Not allowed", "The key is for other services, its daily limit is reached, or it is another account's."
+    ),
     "not-found": Kind(404, "There is no such thing", "Check the address; another account's jobs are not shown."),
     "method-not-allowed": Kind(405, "This method is not allowed here", "The Allow header names those that are."),
-    "not-acceptable": Kind(406, "Nothing acceptable to answer with", "Ask for application/json, image/webp or image/png."),
+    "not-acceptable": Kind(
+        406, "Nothing acceptable to answer with", "Ask for application/json, image/webp or image/png."
+    ),
     "conflict": Kind(409, "Not possible as things are", "detail says what the job is doing, or has done."),
-    "gone": Kind(410, "The result is no longer kept", "Results are kept for a while; ask again with another Idempotency-Key."),
+    "gone": Kind(
+        410, "The result is no longer kept", "Results are kept for a while; ask again with another Idempotency-Key."
+    ),
     "too-large": Kind(413, "The request is too large", "/api/limits says how large it may be."),
     "unsupported-media-type": Kind(415, "Not a type of body that is read here", "Send Content-Type: application/json."),
-    "idempotency-mismatch": Kind(422, "The Idempotency-Key belongs to another request", "Choose a new key for a new request."),
+    "idempotency-mismatch": Kind(
+        422, "The Idempotency-Key belongs to another request", "Choose a new key for a new request."
+    ),
     "queue-full": Kind(429, "Too many jobs are waiting", "Wait for Retry-After seconds, then ask again."),
     "rate-limited": Kind(429, "Asked for too often", "Wait for Retry-After seconds, then ask again."),
     "internal": Kind(500, "A defect in the server", "Nothing was charged. Please report the request id."),
@@ -47,22 +60,32 @@ KINDS = {
     "provider-error": Kind(502, "The provider failed", "Nothing was charged."),
     "out-of-memory": Kind(503, "Out of memory", "Nothing was charged. Ask for less, or later."),
     "model-unavailable": Kind(503, "The model cannot be loaded", "Nothing was charged. The operator's log says why."),
-    "ledger-unavailable": Kind(503, "Credit cannot be booked now", "Nothing was charged. Ask again after Retry-After seconds."),
-    "rate-unavailable": Kind(503, "There is no trusted price now", "Nothing was charged. Ask again after Retry-After seconds."),
+    "ledger-unavailable": Kind(
+        503, "Credit cannot be booked now", "Nothing was charged. Ask again after Retry-After seconds."
+    ),
+    "rate-unavailable": Kind(
+        503, "There is no trusted price now", "Nothing was charged. Ask again after Retry-After seconds."
+    ),
     "draining": Kind(503, "The server is about to stop", "Nothing was charged. Ask again after Retry-After seconds."),
     "timeout": Kind(503, "It took too long", "Nothing was charged. Ask for less, or later."),
     "cancelled": Kind(409, "The job was cancelled", "Nothing was charged."),
     "provider-timeout": Kind(504, "The provider did not answer in time", "Nothing was charged."),
-}  # fmt: skip
+}
 
 
 class Problem(Exception):
     """A refusal or a failure, of a type in KINDS. `detail` is for the user; `members` are added to the answer."""
 
     def __init__(
-        self, kind: str, detail: str, *, param: str | None = None, retry_after_s: float | None = None,
-        headers: dict[str, str] | None = None, **members: Any,
-    ) -> None:  # fmt: skip
+        self,
+        kind: str,
+        detail: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        headers: dict[str, str] | None = None,
+        **members: Any,
+    ) -> None:
         super().__init__(detail)
         self.kind = kind
         self.detail = detail
@@ -92,12 +115,15 @@ class Problem(Exception):
             headers["retry-after"] = str(self._seconds())
         if self.kind == "unauthorized":
             headers["www-authenticate"] = "Bearer"
-        return Response(
-            orjson.dumps(self.body(instance)), self.status, headers, media_type="application/problem+json"
-        )
+        return Response(orjson.dumps(self.body(instance)), self.status, headers, media_type="application/problem+json")
 
     def _seconds(self) -> int:
         return max(1, round(self.retry_after_s or 0))
+
+
+def invalid(detail: str, param: str | None = None) -> Problem:
+    """A request that is not valid; `param` is the field that is to blame."""
+    return Problem("invalid-request", detail, param=param)
 
 
 def problem_of(error: BaseException) -> Problem:

@@ -23,12 +23,32 @@ Levels = Annotated[list[float], Meta(min_length=1, description="Ascending, each 
 class Request(Struct, kw_only=True, forbid_unknown_fields=True):
     """What every service's request may carry."""
 
-    service: Annotated[str, Meta(max_length=64, description="At /api/service and /api/jobs: zimage, chronos2, or another that /api/pricing lists.")] | None = None  # fmt: skip
+    service: (
+        Annotated[
+            str,
+            Meta(
+                max_length=64,
+                description="At /api/service and /api/jobs: zimage, chronos2, or another that /api/pricing lists.",
+            ),
+        ]
+        | None
+    ) = None
     stream: Annotated[bool, Meta(description="Answer with events.")] = False
     background: Annotated[bool, Meta(description="Answer 202 at once, with the job's URLs.")] = False
-    model: Annotated[str, Meta(max_length=200, description="A name that /v1/models lists; the service's default without.")] | None = None  # fmt: skip
-    keep_alive: Annotated[KeepAlive, Meta(description='How long the model stays loaded afterwards: seconds, "10m", 0, or -1 for ever.')] | None = None  # fmt: skip
-    wallet_address: Annotated[str, Meta(max_length=64, description="If given, it must be a wallet of the key's account.")] | None = None  # fmt: skip
+    model: (
+        Annotated[str, Meta(max_length=200, description="A name that /v1/models lists; the service's default without.")]
+        | None
+    ) = None
+    keep_alive: (
+        Annotated[
+            KeepAlive,
+            Meta(description='How long the model stays loaded afterwards: seconds, "10m", 0, or -1 for ever.'),
+        ]
+        | None
+    ) = None
+    wallet_address: (
+        Annotated[str, Meta(max_length=64, description="If given, it must be a wallet of the key's account.")] | None
+    ) = None
 
 
 class ImageRequest(Request):
@@ -39,10 +59,14 @@ class ImageRequest(Request):
     width: Annotated[int, Meta(ge=16, multiple_of=16, description="Pixels; the model's own without.")] | None = None
     height: Annotated[int, Meta(ge=16, multiple_of=16, description="Pixels; the model's own without.")] | None = None
     steps: Annotated[int, Meta(ge=1, description="Transformer evaluations.")] = 8
-    seed: Annotated[int, Meta(ge=0, le=2**53 - 1, description="Picture i has seed + i; a random one without.")] | None = None  # fmt: skip
+    seed: (
+        Annotated[int, Meta(ge=0, le=2**53 - 1, description="Picture i has seed + i; a random one without.")] | None
+    ) = None
     guidance: Annotated[float, Meta(ge=0, le=100, description="Classifier-free guidance; 0 is off.")] = 0.0
     n: Annotated[int, Meta(ge=1, description="How many pictures.")] = 1
-    image: Annotated[str, Meta(description="A picture to start from: base64 of a PNG or WebP, or a data: URL.")] | None = None  # fmt: skip
+    image: (
+        Annotated[str, Meta(description="A picture to start from: base64 of a PNG or WebP, or a data: URL.")] | None
+    ) = None
     strength: Annotated[float, Meta(gt=0, le=1, description="With image: the share of the steps that run.")] = 0.6
     format: Annotated[Literal["webp", "png"], Meta(description="Of the file.")] = "webp"
     quality: Annotated[int, Meta(ge=0, le=100, description="Of lossy WebP.")] = 90
@@ -58,7 +82,10 @@ class ForecastRequest(Request):
 
     values: Annotated[
         list[Number | list[Number]],
-        Meta(min_length=1, description="A series, oldest first; or several of one length, [targets][time]. null: missing."),
+        Meta(
+            min_length=1,
+            description="A series, oldest first; or several of one length, [targets][time]. null: missing.",
+        ),
     ]
     prediction_length: Annotated[int, Meta(ge=1, description="Steps to forecast.")] = 16
     quantile_levels: Levels = field(default_factory=lambda: [0.1, 0.5, 0.9])
@@ -66,9 +93,13 @@ class ForecastRequest(Request):
     future_covariates: dict[str, list[Number]] | None = None
     context_length: Annotated[int, Meta(ge=1, description="Steps of history to read.")] | None = None
     monotone: Annotated[bool, Meta(description="Sort each step's quantiles, so that they never cross.")] = False
-    constrain_ohlc: Annotated[bool, Meta(description="The four targets are open, high, low, close: high is the highest.")] = False  # fmt: skip
+    constrain_ohlc: Annotated[
+        bool, Meta(description="The four targets are open, high, low, close: high is the highest.")
+    ] = False
     returns: Annotated[bool, Meta(description="Forecast log returns, give prices.")] = False
-    trend: Annotated[bool, Meta(description="Say also whether it goes up, down, flat, or is an anomaly: a second pass.")] = False  # fmt: skip
+    trend: Annotated[
+        bool, Meta(description="Say also whether it goes up, down, flat, or is an anomaly: a second pass.")
+    ] = False
 
 
 class ForecastBatchRequest(Request):

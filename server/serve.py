@@ -42,21 +42,35 @@ def run(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     metrics = Metrics()
     models = Models(
-        settings.models, metrics, budget_bytes=byte_count("memory_budget", settings.memory_budget),
+        settings.models,
+        metrics,
+        budget_bytes=byte_count("memory_budget", settings.memory_budget),
         keep_alive_s=parse_keep_alive(settings.keep_alive),
-    )  # fmt: skip
+    )
     with _listening(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         async with contextlib.AsyncExitStack() as stack:
             ledger = await _ledger(settings, address, stack)
-            services = [Pictures(models, settings.limits, devices=settings.device_count), Forecasts(models, settings.limits, metrics)]
+            services = [
+                Pictures(models, settings.limits, devices=settings.device_count),
+                Forecasts(models, settings.limits, metrics),
+            ]
             app = create_app(settings, models, ledger, services=services)
             config = uvicorn.Config(
-                app, loop="none", http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
-                server_header=False, date_header=False, timeout_graceful_shutdown=LINGER_S,
-                proxy_headers=settings.trusted_proxies is not None, forwarded_allow_ips=settings.trusted_proxies,
-            )  # fmt: skip
+                app,
+                loop="none",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=LINGER_S,
+                proxy_headers=settings.trusted_proxies is not None,
+                forwarded_allow_ips=settings.trusted_proxies,
+            )
             server = _Server(config, app.parts.jobs, settings.drain_s)
             _announce(settings, f"http://{address}")
             await server.serve(sockets=[listener])

@@ -1,14 +1,14 @@
 """How the server is set up: one Settings, of the command line and, for what is long, a TOML file.
 
-    settings = load("server.toml", free=True, port=8100)
+settings = load("server.toml", free=True, port=8100)
 
-    [models.zimage-turbo]
-    family = "zimage"
-    model = "Tongyi-MAI/Z-Image-Turbo"
-    precision = "fp8"
+[models.zimage-turbo]
+family = "zimage"
+model = "Tongyi-MAI/Z-Image-Turbo"
+precision = "fp8"
 
-    [limits]
-    steps = 20
+[limits]
+steps = 20
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import difflib
 import ipaddress
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from typing import Any
+
+import tomllib
 
 from diffusionz import ArgumentError
 from diffusionz._context import byte_count
@@ -102,7 +103,7 @@ class Settings:
                 "who pays is not said: --payments payments.toml sells calls, --free gives them away to this machine, "
                 "--dev tries everything on a chain of its own"
             )
-        if (self.free and not self.free_for_all or self.dev) and not is_loopback_host(self.host):
+        if ((self.free and not self.free_for_all) or self.dev) and not is_loopback_host(self.host):
             raise ArgumentError(
                 f"host is {self.host}, which other machines reach, and a --{modes[0]} server gives its work away"
                 + ("; say --free-for-all if that is meant" if self.free else "")
@@ -151,7 +152,9 @@ def load(path: str | None = None, **given: Any) -> Settings:
     for field in dataclasses.fields(Settings):
         if field.name in values and field.type in ("int", "bool", "str", "float"):
             allowed = {"int": int, "bool": bool, "str": str, "float": (int, float)}[field.type]
-            if not isinstance(values[field.name], allowed) or (field.type == "int" and isinstance(values[field.name], bool)):  # type: ignore[arg-type]
+            if not isinstance(values[field.name], allowed) or (
+                field.type == "int" and isinstance(values[field.name], bool)
+            ):  # type: ignore[arg-type]
                 raise ArgumentError(f"{field.name} is {values[field.name]!r}; it must be a {field.type}")
     return Settings(**values)
 
@@ -178,7 +181,7 @@ def _limits(values: Any, path: str | None) -> Limits:
 def _spec(name: str, about: Any, path: str | None) -> Spec:
     if not isinstance(about, Mapping) or about.get("family") not in FAMILIES or not isinstance(about.get("model"), str):
         raise ArgumentError(
-            f"{path}: models.{name} must say family ({' or '.join(FAMILIES)}) and model (a folder, a bundled name, a hub id)"
+            f"{path}: models.{name} must say family ({' or '.join(FAMILIES)}) and model (a folder, a name, a hub id)"
         )
     options = {key: value for key, value in about.items() if key not in ("family", "model")}
     for key in options:
@@ -189,4 +192,6 @@ def _spec(name: str, about: Any, path: str | None) -> Spec:
 
 def _unknown(key: str, known: set[str]) -> str:
     near = difflib.get_close_matches(key, known, 1)
-    return f"{key!r} is no setting" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}")
+    return f"{key!r} is no setting" + (
+        f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
+    )

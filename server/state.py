@@ -18,7 +18,7 @@ from diffusionz.server.jobs import Jobs, Service
 from diffusionz.server.limits import Limits
 from diffusionz.server.metrics import Metrics
 from diffusionz.server.models import Models
-from diffusionz.server.problems import Problem
+from diffusionz.server.problems import Problem, invalid
 from diffusionz.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class State:
         metrics.gauge("models_bytes", "Weights of the models that are loaded.", lambda: self.models.held_bytes)
         for service in self.services.values():
             if (lane := service.lane) is not None:
-                metrics.gauge(f"{service.name}_queue_depth", "Jobs that wait for a device.", lambda lane=lane: lane.depth)
+                metrics.gauge(
+                    f"{service.name}_queue_depth", "Jobs that wait for a device.", lambda lane=lane: lane.depth
+                )
         async with contextlib.AsyncExitStack() as stack:
             if self.ledger is not None:
                 await stack.enter_async_context(self.ledger.opened())
@@ -107,7 +109,7 @@ class State:
         """Raises Problem."""
         known = ", ".join(self.services)
         if name is None:
-            raise Problem("invalid-request", f"service is missing; there are: {known}", param="service")
+            raise invalid(f"service is missing; there are: {known}", param="service")
         if name not in self.services:
             raise Problem("not-found", f"there is no service {name!r}; there are: {known}", param="service")
         return self.services[name]
