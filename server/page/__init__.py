@@ -35,8 +35,6 @@ CSP = (
 )
 HEADERS = {
     "content-security-policy": CSP,
-    "referrer-policy": "same-origin",
-    "x-content-type-options": "nosniff",
     "cross-origin-opener-policy": "same-origin-allow-popups",  # wallets that open a window answer to it
     "vary": "accept-encoding",
 }

@@ -53,8 +53,15 @@ export function showProblem(box, error = null, form = null) {
   box.replaceChildren();
   if (!error) return;
   if (!(error instanceof Problem)) console.warn(error);
+  if (error.kind === "unauthorized") {
+    box.append(make("strong", { textContent: "Sign in first" }), make("p", { textContent: "This costs something here, and your wallet is your account." }),
+      make("p", {}, make("a", { href: "/account", className: "button primary", textContent: "Sign in" })));
+    box.scrollIntoView({ block: "nearest" });
+    return;
+  }
   const detail = error.message && error.message !== error.title ? error.message : "";
   box.append(make("strong", { textContent: error.title ?? "That did not work" }));
+  box.scrollIntoView({ block: "nearest" });
   if (error.kind === "insufficient-credit" && error.needed !== undefined) {
     box.append(make("p", {}, `It costs ${tokens(error.needed)}, and ${tokens(error.available)} are there.`));
     box.append(make("p", {}, make("a", { href: "/account#deposit", className: "button primary", textContent: "Add credit" })));
@@ -62,9 +69,7 @@ export function showProblem(box, error = null, form = null) {
   }
   if (detail) box.append(make("p", { textContent: detail }));
   if (error.retry_after_s) box.append(make("p", { textContent: `Try again in ${error.retry_after_s} s.` }));
-  if (error.kind === "unauthorized") {
-    box.append(make("p", {}, make("a", { href: "/account", className: "button primary", textContent: "Sign in" })));
-  } else if (/^\/problems\/[a-z-]+$/.test(error.type ?? "")) {
+  if (/^\/problems\/[a-z-]+$/.test(error.type ?? "")) {
     const about = make("p", { className: "hint" }, make("a", { href: error.type, textContent: "What this means" }));
     if (error.status >= 500 && error.instance) about.append(`, request ${error.instance}`);
     box.append(about);
@@ -172,6 +177,12 @@ export async function copy(text, button) {
 export function facts(list, pairs) {
   list.replaceChildren(...Object.entries(pairs).filter(([, value]) => value).map(([name, value]) =>
     make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
+}
+
+/** Brings what happens into view, where it is below the form. */
+export function reveal(element) {
+  if (innerWidth >= 864) return;
+  element.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth", block: "start" });
 }
 
 /** "443 ms", "2.4 s". */

@@ -1,6 +1,6 @@
 // The first page: a prompt becomes a job, its events become a picture.
 
-import { $, Problem, announce, api, copy, cost, curl, duration, facts, make, showChip, showPrice, showProblem, token } from "./base.js";
+import { $, Problem, announce, api, copy, cost, curl, duration, facts, make, reveal, showChip, showPrice, showProblem, token } from "./base.js";
 
 const form = $("draw");
 const fields = form.elements;
@@ -124,7 +124,7 @@ async function draw(body) {
   $("cancel").disabled = false;
   $("go").disabled = true;
   const clock = setInterval(() => { $("clock").textContent = `${((performance.now() - run.started) / 1000).toFixed(0)} s`; }, 250);
-  if (innerWidth < 864) frame.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth", block: "nearest" });
+  reveal($("stage"));
   try {
     const previews = Math.min(PREVIEWS, Math.max(0, body.steps - 1));
     const submitted = await api("/api/jobs", {

@@ -1,6 +1,6 @@
 // The second page: numbers become a forecast, and the forecast a plot.
 
-import { $, Problem, announce, api, copy, cost, curl, duration, facts, make, save, showChip, showPrice, showProblem } from "./base.js";
+import { $, Problem, announce, api, copy, cost, curl, duration, facts, make, reveal, save, showChip, showPrice, showProblem } from "./base.js";
 import { continued, parse } from "./series.js";
 import { plot } from "./plot.js";
 
@@ -109,6 +109,7 @@ form.addEventListener("submit", async (event) => {
     $("busy").hidden = false;
     $("go").disabled = true;
     $("status").textContent = "Forecasting";
+    reveal($("stage"));
     const done = await api("/api/service", { body: { service: "chronos2", ...body }, signal: aborter.signal });
     const column = chosen();
     const labels = data.labels ?? column.values.map((_, i) => `${i + 1}`);
