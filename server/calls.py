@@ -48,7 +48,7 @@ async def submit(request: Request, order: Order, caller: Caller, body: bytes) ->
     key = request.headers.get("idempotency-key")
     if key is not None and not _KEY.fullmatch(key):
         raise invalid("the Idempotency-Key must be 1 to 255 visible ASCII characters")
-    digest = hashlib.blake2b(request.url.path.encode() + b"\n" + body, digest_size=24).hexdigest()
+    digest = hashlib.blake2b(request.scope["path"].encode() + b"\n" + body, digest_size=24).hexdigest()
     job, replayed = await state_of(request).jobs.submit(
         order, caller, request_hash=digest, request_id=request.scope["request_id"], idempotency_key=key
     )
@@ -60,19 +60,14 @@ async def ended(request: Request, job: Job) -> Job:
     else watches. Raises Problem when it came to nothing."""
     job.watchers += 1
     try:
-        try:
-            # Most forecasts end sooner than a task that listens for the client's leaving would have cost.
-            async with asyncio.timeout(PATIENCE_S):
-                await job.wait()
-        except TimeoutError:
-            if not await _stays(request, job):
-                job.watchers -= 1
-                if not job.watchers and job.key is None:
-                    job.cancel()
-                job.watchers += 1
-                raise Problem("cancelled", "the client has left") from None
+        # Most forecasts end sooner than a task that listens for the client's leaving would have cost.
+        stays = await job.wait(PATIENCE_S) or await _stays(request, job)
     finally:
         job.watchers -= 1
+    if not stays:
+        if not job.watchers and job.key is None:
+            job.cancel()
+        raise Problem("cancelled", "the client has left")
     if job.problem is not None:
         raise job.problem
     return job

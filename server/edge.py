@@ -67,8 +67,7 @@ class Edge:
                 await self.app(scope, self._limited(receive), sending)
         finally:
             seconds = time.perf_counter() - began
-            self.metrics.requests.labels(scope["method"] if scope["method"] in _METHODS else "other", status).inc()
-            self.metrics.request_seconds.observe(seconds)
+            self.metrics.answered(scope["method"], status, seconds)
             if self.access_log:
                 logger.info(
                     "request",
@@ -122,6 +121,3 @@ class Edge:
 
     def _too_large(self) -> Any:
         return self._too_large_problem().response()
-
-
-_METHODS = {"GET", "POST", "HEAD", "DELETE", "PATCH", "PUT", "OPTIONS"}

@@ -120,7 +120,8 @@ class Job:
         self.cancel_asked = False
         self.settling = False
         """It is being charged for: a cancel comes too late."""
-        self._waiting: list[asyncio.Future[None]] = []
+        self._until_change: set[asyncio.Future[None]] = set()
+        self._until_end: set[asyncio.Future[None]] = set()
 
     @property
     def service(self) -> str:
@@ -152,28 +153,35 @@ class Job:
 
     # --- Waiting for it ---
 
-    async def wait(self) -> None:
-        """Returns when it has ended."""
-        while not self.ended:
-            await self.change()
+    async def wait(self, patience_s: float | None = None) -> bool:
+        """Returns when it has ended, or after this time; whether it has."""
+        if not self.ended:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+            # Cheaper than asyncio.timeout, and every call waits.
+            timer = None if patience_s is None else loop.call_later(patience_s, _wake, future)
+            self._until_end.add(future)
+            try:
+                await future
+            finally:
+                self._until_end.discard(future)
+                if timer is not None:
+                    timer.cancel()
+        return self.ended
 
     async def change(self) -> None:
         """Returns when something has changed."""
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
+        self._until_change.add(future)
         try:
             await future
         finally:
-            if not future.done() or future.cancelled():
-                self._waiting.remove(future)
+            self._until_change.discard(future)
 
     def changed(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
-            else:
-                self._waiting.append(future)  # its waiter was cancelled, and takes it out itself
+        """Wakes those who watch it, and when it has ended those who wait for that."""
+        for future in [*self._until_change, *(self._until_end if self.ended else ())]:
+            _wake(future)
 
     def cancel(self) -> None:
         """Stops it; quiet when it has ended, or is being charged for."""
@@ -224,6 +232,11 @@ class Job:
                     await self.change()
         finally:
             self.watchers -= 1
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class Jobs:

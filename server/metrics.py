@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import generate_latest
@@ -11,6 +12,15 @@ if TYPE_CHECKING:
     from diffusionz.server.jobs import Job
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+_METHODS = {"GET", "POST", "HEAD", "DELETE", "PATCH", "PUT", "OPTIONS"}
+
+
+@functools.cache
+def _child(metric: Any, *labels: str) -> Any:
+    """metric.labels(*labels), which takes a lock each time. Labels are few, so these are."""
+    return metric.labels(*labels)
 
 
 class Metrics:
@@ -46,12 +56,16 @@ class Metrics:
         gauge.set_function(value)  # type: ignore[arg-type]
         self._gauges.append(gauge)
 
+    def answered(self, method: str, status: int, seconds: float) -> None:
+        _child(self.requests, method if method in _METHODS else "other", str(status)).inc()
+        self.request_seconds.observe(seconds)
+
     def ended(self, job: Job) -> None:
-        self.jobs.labels(job.service, job.status).inc()
+        _child(self.jobs, job.service, job.status).inc()
         for stage, milliseconds in job.timings_ms.items():
-            self.stage_seconds.labels(job.service, stage).observe(milliseconds / 1e3)
+            _child(self.stage_seconds, job.service, stage).observe(milliseconds / 1e3)
         if job.cost is not None and job.result is not None:
-            self.credit.labels(job.service, "charged").inc(job.cost["tokens"])
+            _child(self.credit, job.service, "charged").inc(job.cost["tokens"])
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

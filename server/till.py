@@ -14,6 +14,7 @@ from diffusionz.payments.prices import format_usd
 from diffusionz.server.problems import Problem
 
 if TYPE_CHECKING:
+    from diffusionz.payments.keys import Key
     from diffusionz.server.credits import Credits
     from diffusionz.server.jobs import Job
 
@@ -32,7 +33,7 @@ class Till:
             job.caller.key, job.caller.account, job.service, job.order.units, _call_id(job), job.request_hash, ttl_s
         )
         if not hold.created:
-            raise await self._lost(hold)
+            raise await self._lost(hold, job.caller.key)
         job.cost = _cost(hold, charged=False)
 
     async def charge(self, job: Job) -> None:
@@ -47,12 +48,12 @@ class Till:
         except Exception as error:
             logger.warning("job %s: its hold was not voided and will expire: %s", job.id, error)
 
-    async def _lost(self, hold: Hold) -> Problem:
+    async def _lost(self, hold: Hold, key: Key | None) -> Problem:
         """What to say of a call that is in the ledger, and whose job is not here: it was cut off by a restart, or its
         result was kept for its time."""
         state = hold.state
         if state == "posted":
-            await self._credits.refund(hold.call_id, Failure.result_lost)
+            await self._credits.refund(hold.call_id, Failure.result_lost, key)
             state = "refunded"
         said = {
             "held": "it was cut off, and what is held for it will be given back",
