@@ -20,7 +20,7 @@ import re
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from diffusionz._client_errors import (
@@ -663,7 +663,9 @@ def follow(
         if fruitless < FRUITLESS:
             patience = deadline.bound(min(config.timeout, SILENCE_S))
             began, silent = time.monotonic(), True
-            headers = {"Accept": "text/event-stream"} | ({} if last_id is None else {"Last-Event-ID": last_id})
+            headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"} | (
+                {} if last_id is None else {"Last-Event-ID": last_id}
+            )
             reply = yield config.request("GET", f"{path}/events", headers=headers, timeout=patience, stream=True)
             fruitless += 1
             if isinstance(reply, Reply) and reply.stream is None:
@@ -838,7 +840,7 @@ def encode(fields: dict[str, Any]) -> bytes:
         raise ArgumentError(f"a field cannot be sent as JSON: {error}") from None
 
 
-def given(function: str, fields: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def given(function: str, fields: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """The fields that were given. Raises TypeError, as a call with an unknown parameter does."""
     for name in fields:
         if name not in known:

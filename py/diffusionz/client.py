@@ -517,7 +517,7 @@ class Client(_Client):
 
         Raises InvalidRequest, InsufficientCredit, and whatever else calls raise.
         """
-        call = core.image_call(prompt, n, core.given("zimage", fields, ImageFields.__annotations__))
+        call = core.image_call(prompt, n, core.given("zimage", fields, ImageFields.__optional_keys__))
         return cast("Picture | list[Picture]", self._call(call))
 
     def chronos2(
@@ -532,7 +532,7 @@ class Client(_Client):
 
         Raises InvalidRequest, InsufficientCredit, and whatever else calls raise.
         """
-        known = core.given("chronos2", fields, CovariateFields.__annotations__)
+        known = core.given("chronos2", fields, CovariateFields.__optional_keys__)
         return cast(Prediction, self._call(core.forecast_call(values, prediction_length, trend, known)))
 
     def chronos2_batch(
@@ -543,7 +543,7 @@ class Client(_Client):
         With `constrain_ohlc`, each four are the open, high, low and close of one candle. Each series is a forecast to
         pay. `fields` are those of `ForecastFields`. See `chronos2`.
         """
-        known = core.given("chronos2_batch", fields, ForecastFields.__annotations__)
+        known = core.given("chronos2_batch", fields, ForecastFields.__optional_keys__)
         return cast("list[Prediction]", self._call(core.batch_call(series, prediction_length, trend, known)))
 
     def service(self, service: str, /, **fields: Any) -> Any:
@@ -693,21 +693,21 @@ class AsyncClient(_Client):
     async def zimage(self, prompt: str, *, n: int, **fields: Unpack[ImageFields]) -> list[AsyncPicture]: ...
     async def zimage(self, prompt: str, *, n: int | None = None, **fields: Any) -> AsyncPicture | list[AsyncPicture]:
         """See `Client.zimage`."""
-        known = core.given("zimage", await _read_pictures(fields), ImageFields.__annotations__)
+        known = core.given("zimage", await _read_pictures(fields), ImageFields.__optional_keys__)
         return cast("AsyncPicture | list[AsyncPicture]", await self._call(core.image_call(prompt, n, known)))
 
     async def chronos2(
         self, values: Any, prediction_length: int = 16, *, trend: bool = True, **fields: Unpack[CovariateFields]
     ) -> Prediction:
         """See `Client.chronos2`."""
-        known = core.given("chronos2", fields, CovariateFields.__annotations__)
+        known = core.given("chronos2", fields, CovariateFields.__optional_keys__)
         return cast(Prediction, await self._call(core.forecast_call(values, prediction_length, trend, known)))
 
     async def chronos2_batch(
         self, series: Any, prediction_length: int = 16, *, trend: bool = False, **fields: Unpack[ForecastFields]
     ) -> list[Prediction]:
         """See `Client.chronos2_batch`."""
-        known = core.given("chronos2_batch", fields, ForecastFields.__annotations__)
+        known = core.given("chronos2_batch", fields, ForecastFields.__optional_keys__)
         return cast("list[Prediction]", await self._call(core.batch_call(series, prediction_length, trend, known)))
 
     async def service(self, service: str, /, **fields: Any) -> Any:
