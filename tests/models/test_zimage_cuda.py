@@ -95,6 +95,21 @@ def test_graphs_keep_requests_apart(cuda_bf16):
             assert (draw(cuda_bf16, **options) == first[name]).all(), name
 
 
+def test_previews_are_the_cpus_and_leave_the_picture_as_it_is(cuda_f32, cuda_bf16, cpu_f32):
+    """Made by launches, by a graph that is recorded, and by its replays. The last one is there when the call is over."""
+    expected = []
+    draw(cpu_f32, previews=3, on_preview=expected.append)
+    for model in (cuda_f32, cuda_bf16):
+        plain = draw(model)
+        for count in (3, 3, 7, 3):
+            seen = []
+            assert (draw(model, previews=count, on_preview=seen.append) == plain).all()
+            assert seen[-1].step == count * STEPS // (count + 1)
+        if model is cuda_f32:
+            pictures = (preview[-1].picture.pixels.astype("int16") for preview in (seen, expected))
+            assert abs(next(pictures) - next(pictures)).max() <= 255 * parity.BOUNDS["pixels"]
+
+
 def test_adapters_come_and_go(demo_model, cuda_f32, cpu_f32, tmp_path):
     """Three adapters of two shapes, weights, two at once, and none again."""
     files = [
