@@ -97,6 +97,7 @@ async def _direct(request: Request, name: str, body: bytes) -> tuple[Job, dict[s
     state = state_of(request)
     caller = await state.callers.caller(request)
     order: Order = await state.service(name).order(body)
+    await check_wallet(request, caller, decode(body, _Head).wallet_address)
     job, headers = await calls.submit(request, order, caller, body)
     await calls.ended(request, job)
     return job, headers
@@ -159,7 +160,7 @@ async def events(request: Request) -> Response:
 
 
 async def image(request: Request) -> Response:
-    """GET /api/jobs/{id}/images/{number}.{extension}: for whoever has the job's id, which cannot be guessed, so that a
+    """GET /api/jobs/{id}/images/{number}.{extension}, and videos/: for whoever has the job's id, which cannot be guessed, so that a
     URL can be given on."""
     found = state_of(request).jobs.find(request.path_params["id"])
     number, extension = request.path_params["number"], request.path_params["extension"]
@@ -219,6 +220,7 @@ def routes() -> list[Route]:
         Route("/api/jobs/{id}/result", result),
         Route("/api/jobs/{id}/cancel", cancel, methods=["POST"]),
         Route("/api/jobs/{id}/images/{number:int}.{extension}", image),
+        Route("/api/jobs/{id}/videos/{number:int}.{extension}", image),
         Route("/api/ps", ps),
         Route("/api/load", load, methods=["POST"]),
         Route("/api/unload", unload, methods=["POST"]),

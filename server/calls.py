@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -89,21 +89,28 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def events(request: Request, job: Job, headers: dict[str, str], *, cancel_when_gone: bool) -> Response:
-    """The job's events as a stream. Raises Problem when the caller has too many open."""
+Told = Callable[[Job, str, dict[str, Any]], Iterable[tuple[str, dict[str, Any]]]]
+"""(job, name, data) of an event -> the events that the client is sent for it."""
+
+
+def events(
+    request: Request, job: Job, headers: dict[str, str], *, cancel_when_gone: bool, told: Told | None = None
+) -> Response:
+    """The job's events as a stream."""
     return StreamingResponse(
-        _stream(request, job, cancel_when_gone),
+        _stream(request, job, cancel_when_gone, told or _with_pictures),
         headers=headers | {"cache-control": "no-store", "x-accel-buffering": "no"},
         media_type="text/event-stream",
     )
 
 
-async def _stream(request: Request, job: Job, cancel_when_gone: bool) -> AsyncIterator[bytes]:
+async def _stream(request: Request, job: Job, cancel_when_gone: bool, told: Told) -> AsyncIterator[bytes]:
     state = state_of(request)
-    with state.streams.opened(job.caller.account):
-        iterator = job.events()
-        try:
-            coming: asyncio.Future[Any] | None = None
+    job.watchers += 1
+    coming: asyncio.Future[Any] | None = None
+    try:
+        with state.streams.opened(job.caller.account):
+            iterator = job.events()
             while True:
                 coming = coming or asyncio.ensure_future(anext(iterator))
                 done, _ = await asyncio.wait((coming,), timeout=HEARTBEAT_S)
@@ -117,13 +124,13 @@ async def _stream(request: Request, job: Job, cancel_when_gone: bool) -> AsyncIt
                 coming = None
                 for event, about in _with_pictures(job, name, data):
                     yield b"event: %s\ndata: %s\n\n" % (event.encode(), orjson.dumps({"type": event} | about))
-        finally:
-            if coming is not None and not coming.done():
-                coming.cancel()
-            await iterator.aclose()
-            # Reached also when the client has left; after the job's end it changes nothing.
-            if cancel_when_gone and not job.watchers and job.key is None:
-                job.cancel()
+    finally:
+        # Nothing is awaited here: a client that has left has this task cancelled at each await.
+        job.watchers -= 1
+        if coming is not None:
+            coming.cancel()
+        if cancel_when_gone and not job.watchers and job.key is None:
+            job.cancel()  # quiet after the job's end
 
 
 def _with_pictures(job: Job, name: str, data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

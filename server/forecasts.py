@@ -45,7 +45,9 @@ class Task:
     """All that must be equal for two tasks to be one call. What is forecast does not depend on it being one."""
     keep_alive: float | str | None
     answer: str
-    """What the result is made of: "one" series, the "targets" of one entry, or "many" series."""
+    """What the result is made of: "one" series, the "targets" of one entry, "many" series, or "entries"."""
+    cross_learning: int = 0
+    """Entries inform each other, in batches of so many rows; 0: they do not."""
 
     @property
     def work(self) -> float:
@@ -83,8 +85,8 @@ class Forecasts:
                 param="values",
             )
         covariates = {**(request.past_covariates or {}), **(request.future_covariates or {})}
-        self._check_size(len(rows) + len(covariates), len(rows[0]) * len(rows), request)
-        targets = numpy.stack([_series(row, "values") for row in rows])
+        self.check_size(len(rows) + len(covariates), len(rows[0]) * len(rows), request)
+        targets = numpy.stack([to_series(row, "values") for row in rows])
         entry: Any = targets if len(rows) > 1 else targets[0]
         if request.constrain_ohlc and len(rows) != 4:
             raise invalid(
@@ -99,8 +101,8 @@ class Forecasts:
     def check_batch(self, request: ForecastBatchRequest) -> Order:
         """An order of a decoded batch. Raises Problem."""
         series = request.series
-        self._check_size(len(series), sum(map(len, series)), request)
-        arrays = [_series(values, f"series[{i}]") for i, values in enumerate(series)]
+        self.check_size(len(series), sum(map(len, series)), request)
+        arrays = [to_series(values, f"series[{i}]") for i, values in enumerate(series)]
         if not request.constrain_ohlc:
             return self._order(request, arrays, [1] * len(arrays), (), "many")
         if len(arrays) % 4:
@@ -125,6 +127,19 @@ class Forecasts:
         schema: tuple[Any, ...],
         answer: str,
     ) -> Order:
+        return Order(self, self.task(request, entries, targets, schema, answer), units=sum(targets))
+
+    def task(
+        self,
+        request: ForecastRequest | ForecastBatchRequest,
+        entries: list[Any],
+        targets: list[int],
+        schema: tuple[Any, ...],
+        answer: str,
+        cross_learning: int = 0,
+    ) -> Task:
+        """A task of checked entries, with the request's options; those of equal `schema` may be one call. Raises
+        Problem."""
         spec = self._models.find(request.model, self.name)
         if request.keep_alive is not None:
             parse_keep_alive(request.keep_alive)
@@ -147,8 +162,11 @@ class Forecasts:
             alike,
             schema,
         )
-        task = Task(entries, targets, levels, shared, request.keep_alive, answer)
-        return Order(self, task, units=sum(targets))
+        return Task(entries, targets, levels, shared, request.keep_alive, answer, cross_learning)
+
+    async def forecast(self, task: Task) -> bytes:
+        """The JSON of the task's result."""
+        return await self._batcher.forecast(task)
 
     def _with_covariates(
         self, request: ForecastRequest, target: Any, length: int
@@ -173,13 +191,15 @@ class Forecasts:
                 )
         entry = {
             "target": target,
-            "past_covariates": {name: _array(values, f"past_covariates.{name}") for name, values in past.items()},
-            "future_covariates": {name: _array(values, f"future_covariates.{name}") for name, values in future.items()},
+            "past_covariates": {name: to_array(values, f"past_covariates.{name}") for name, values in past.items()},
+            "future_covariates": {
+                name: to_array(values, f"future_covariates.{name}") for name, values in future.items()
+            },
         }
-        # Entries of one call must have the same covariates.
-        return entry, (tuple(sorted(past)), tuple(sorted(future)))
+        # Entries of one call must have as many targets, and the same covariates.
+        return entry, (target.size // length, tuple(sorted(past)), tuple(sorted(future)))
 
-    def _check_size(self, rows: int, values: int, request: ForecastRequest | ForecastBatchRequest) -> None:
+    def check_size(self, rows: int, values: int, request: ForecastRequest | ForecastBatchRequest) -> None:
         limits = self._limits
         for param, count, most, unit in (
             ("series", rows, limits.rows, "series and covariates"),
@@ -191,7 +211,7 @@ class Forecasts:
                 raise invalid(f"{count} {unit} are asked for; at most {most} are allowed", param=param)
 
     async def run(self, job: Job) -> bytes:
-        return await self._batcher.forecast(job.order.request)
+        return await self.forecast(job.order.request)
 
     async def finish(self, job: Job, raw: bytes) -> Result:
         return Result(raw)
@@ -263,6 +283,7 @@ class Batcher:
             task = asked.task
             fits = not batch or (
                 task.shared == batch[0].task.shared
+                and not (task.cross_learning or batch[0].task.cross_learning)
                 and rows + len(task.targets) <= self._rows
                 and (work + task.work) * self._s_per_work <= self.TARGET_S
             )
@@ -320,7 +341,8 @@ class Batcher:
             if len(batch) == 1:
                 return [error]
             # One task's fault, or too many for the memory, is not the others': each by itself.
-            return [answer for asked in batch for answer in await self._call(model, [asked])]
+            waiting = [[asked] if not asked.answer.done() else [] for asked in batch]
+            return [(await self._call(model, alone))[0] if alone else error for alone in waiting]
         self._last_s = time.perf_counter() - began
         mean = self._s_per_work or self._last_s / work
         self._s_per_work = mean + 0.2 * (self._last_s / work - mean)
@@ -340,14 +362,18 @@ def forecast(model: Any, tasks: list[Task], on_progress: Any = None) -> list[byt
         monotone=monotone,
         constrain_ohlc=constrain_ohlc,
         returns=returns,
+        cross_learning=tasks[0].cross_learning > 0,
+        batch_size=tasks[0].cross_learning or 256,
         on_progress=on_progress,
         progress=False,
     )
     place = {level: i for i, level in enumerate(levels)}
     quantiles, means = made.quantiles, made.mean
-    sentences = [
-        line.removeprefix(f"{name}: ") for name, line in zip(made.names(), made.summary().split("\n"), strict=True)
-    ]
+    sentences = []
+    if any(task.answer != "entries" for task in tasks):
+        sentences = [
+            line.removeprefix(f"{name}: ") for name, line in zip(made.names(), made.summary().split("\n"), strict=True)
+        ]
     trends = made.trend if trend else None
     trends = [trends] if isinstance(trends, str) else trends
 
@@ -362,8 +388,13 @@ def forecast(model: Any, tasks: list[Task], on_progress: Any = None) -> list[byt
 
     answers, start = [], 0
     for task in tasks:
-        parts = [shown(i, task.levels) for i in range(start, start + sum(task.targets))]
-        start += sum(task.targets)
+        begin, start = start, start + sum(task.targets)
+        if task.answer == "entries":
+            answers.append(
+                _entries(task, means[begin:start], quantiles[begin:start, [place[level] for level in task.levels]])
+            )
+            continue
+        parts = [shown(i, task.levels) for i in range(begin, start)]
         if task.answer == "one":
             value: Any = parts[0]
         elif task.answer == "targets":
@@ -380,7 +411,17 @@ def forecast(model: Any, tasks: list[Task], on_progress: Any = None) -> list[byt
     return answers
 
 
-def _array(values: list[float | None], param: str) -> Series:
+def _entries(task: Task, means: Series, quantiles: Series) -> bytes:
+    """[{"mean": [targets][steps], "quantiles": [levels][targets][steps]}, ...], one an entry."""
+    ends = list(itertools.accumulate(task.targets, initial=0))
+    value = [
+        {"mean": means[a:b], "quantiles": numpy.ascontiguousarray(quantiles[a:b].swapaxes(0, 1))}
+        for a, b in itertools.pairwise(ends)
+    ]
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def to_array(values: list[float | None], param: str) -> Series:
     """float32 [time]; NaN where a value is null. Raises Problem for a value that is no float32."""
     with numpy.errstate(over="ignore"):
         array = numpy.array(values, numpy.float32)  # None becomes NaN
@@ -389,9 +430,9 @@ def _array(values: list[float | None], param: str) -> Series:
     return array
 
 
-def _series(values: list[float | None], param: str) -> Series:
-    """As `_array`; something must have been observed."""
-    array = _array(values, param)
+def to_series(values: list[float | None], param: str) -> Series:
+    """As `to_array`; something must have been observed."""
+    array = to_array(values, param)
     if not len(array) or numpy.isnan(array).all():
         raise invalid(f"{param} has no values; one at least must be there", param=param)
     return array

@@ -115,6 +115,7 @@ class Job:
         self.cost: dict[str, Any] | None = None
         self.previews: list[dict[str, Any]] = []
         self.watchers = 0
+        """Requests that wait for it, or watch it."""
         self.arrived = time.monotonic()
         self.task: asyncio.Task[None] | None = None
         self.cancel_asked = False
@@ -214,24 +215,20 @@ class Job:
         """(name, data) of what happens to it, from now to its end."""
         position = progress = None
         seen = 0
-        self.watchers += 1
-        try:
-            while True:
-                if self.status == "queued" and position != (position := self.queue_position):
-                    yield "job.queued", {"id": self.id, "queue_position": position}
-                for event in self.previews[seen:]:
-                    seen += 1
-                    yield "image_generation.partial_image", event
-                now = (self.stage, self.step, self.step_count)
-                if self.status == "running" and progress != (progress := now):
-                    yield "job.progress", {"id": self.id, "stage": now[0], "step": now[1], "step_count": now[2]}
-                if self.ended:
-                    yield f"job.{self.status}", self.shown()
-                    return
-                if seen == len(self.previews):
-                    await self.change()
-        finally:
-            self.watchers -= 1
+        while True:
+            if self.status == "queued" and position != (position := self.queue_position):
+                yield "job.queued", {"id": self.id, "queue_position": position}
+            for event in self.previews[seen:]:
+                seen += 1
+                yield "image_generation.partial_image", event
+            now = (self.stage, self.step, self.step_count)
+            if self.status == "running" and progress != (progress := now):
+                yield "job.progress", {"id": self.id, "stage": now[0], "step": now[1], "step_count": now[2]}
+            if self.ended:
+                yield f"job.{self.status}", self.shown()
+                return
+            if seen == len(self.previews) and now == (self.stage, self.step, self.step_count):
+                await self.change()
 
 
 def _wake(future: asyncio.Future[None]) -> None:
@@ -373,6 +370,9 @@ class Jobs:
         self._expire()
         self.metrics.ended(job)
         job.changed()
+        job.order = dataclasses.replace(job.order, request=None)  # it may be large, and is of no use any more
+        if not job.watchers:
+            job.previews.clear()
 
     # --- Out ---
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 from types import FrameType
@@ -17,7 +16,7 @@ import uvloop
 
 from diffusionz import ArgumentError
 from diffusionz._context import byte_count
-from diffusionz.server import logs
+from diffusionz.server import logs, providers
 from diffusionz.server.app import create_app
 from diffusionz.server.forecasts import Forecasts
 from diffusionz.server.metrics import Metrics
@@ -55,6 +54,9 @@ async def _serve(settings: Settings) -> int:
             services = [
                 Pictures(models, settings.limits, devices=settings.device_count),
                 Forecasts(models, settings.limits, metrics),
+                *await stack.enter_async_context(
+                    providers.opened(settings, ledger.settings.prices if ledger else None)
+                ),
             ]
             app = create_app(settings, models, ledger, services=services)
             config = uvicorn.Config(
@@ -134,9 +136,9 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._jobs.draining or self._loop is None or not self.started:
             super().handle_exit(sig, frame)
-            return
-        self._captured_signals.append(sig) if sig != signal.SIGINT else None
-        self._loop.call_soon_threadsafe(self._drain)
+        else:
+            # Not told to uvicorn, which would raise the signal again at its end, before all else is closed.
+            self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
         async def drain() -> None:

@@ -137,6 +137,20 @@ def test_a_client_that_leaves_cancels_its_call(free: httpx2.Client) -> None:
     assert ended(free, id)["status"] == "cancelled"
 
 
+def test_a_client_that_leaves_a_stream_cancels_its_call(free: httpx2.Client) -> None:
+    with free.stream("POST", "/api/service", json=SLOW | {"stream": True}) as stream:
+        id = stream.headers["x-job-id"]
+        next(events(stream))
+    assert ended(free, id)["status"] == "cancelled"
+
+
+def test_a_client_that_leaves_the_events_cancels_nothing(free: httpx2.Client) -> None:
+    id = free.post("/api/jobs", json={"service": "zimage", "prompt": "a star", "steps": 20}).json()["id"]
+    with free.stream("GET", f"/api/jobs/{id}/events") as stream:
+        next(events(stream))
+    assert ended(free, id)["status"] == "completed"
+
+
 def test_with_an_idempotency_key_it_goes_on_and_is_answered_again(free: httpx2.Client) -> None:
     body = {"service": "zimage", "prompt": "a red circle", "steps": 40}
     headers = {"idempotency-key": f"key-{time.monotonic_ns()}"}
