@@ -233,14 +233,14 @@ class Config:
             base_url = os.environ.get("DIFFUSIONZ_URL") or URL
         if api_key is None:
             api_key = os.environ.get("DIFFUSIONZ_API_KEY") or None
+        if "@" in base_url:  # and with it perhaps a password, which is not to be shown
+            raise ArgumentError("base_url holds a user name; a server is asked with api_key")
         self.base_url = base_url.rstrip("/")
         try:
             parts = urllib.parse.urlsplit(self.base_url)
             self._origin = _origin(self.base_url)
         except ValueError as error:
             raise ArgumentError(f"base_url is {base_url!r}: {error}") from None
-        if parts.username is not None or parts.password is not None:
-            raise ArgumentError("base_url holds a user name; a server is asked with api_key")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ArgumentError(f"base_url is {base_url!r}; it must be like {URL} or https://HOST")
         if api_key is not None:

@@ -491,7 +491,7 @@ def test_without_a_stream_the_job_is_looked_at(client: Any, fake: Fake, status: 
     progress: list[JobProgress] = []
     assert client.zimage("a cat", on_progress=progress.append).seed == 7
     assert len(fake.sent("GET /api/jobs/ID/events")) == 1
-    assert ("denoise", 2, 3, 0) in progress
+    assert progress[-1].step > 0
     assert len(progress) == len(set(progress))
 
 

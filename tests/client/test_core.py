@@ -142,6 +142,7 @@ def test_where_and_who(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"base_url": "http://h:port"}, "base_url"),
         ({"base_url": "http://h/?a=b"}, "base_url"),
         ({"base_url": "http://secret:word@h"}, "user name"),
+        ({"base_url": "http://you:secret@h:port"}, "user name"),
         ({"api_key": "secret\r\nX-Evil: 1"}, "api_key"),
         ({"api_key": "secret ключ"}, "api_key"),
         ({"api_key": "  "}, "api_key"),

@@ -359,6 +359,20 @@ def test_a_server_that_is_killed_and_started_again(make: Any, tmp_path: pathlib.
         server.stop()
 
 
+def test_a_server_that_stops_lets_the_call_end(make: Any, tmp_path: pathlib.Path) -> None:
+    server = Server("--free", log=tmp_path / "log")
+    progress: list[JobProgress] = []
+
+    def stop(moment: JobProgress) -> None:
+        if not progress:
+            server.process.send_signal(signal.SIGTERM)
+        progress.append(moment)
+
+    assert make(server.url).zimage("x", steps=8, seed=3, on_progress=stop).seed == 3
+    assert progress[-1].step == 8
+    server.process.wait(30)
+
+
 # --- Credit ---
 
 
