@@ -96,7 +96,7 @@ def test_graphs_keep_requests_apart(cuda_bf16):
 
 
 def test_previews_are_the_cpus_and_leave_the_picture_as_it_is(cuda_f32, cuda_bf16, cpu_f32):
-    """Made by launches, by a graph that is recorded, and by its replays. The last one is there when the call is over."""
+    """Made by launches, by a graph that is recorded, and by its replays. The last one is still there after the call."""
     expected = []
     draw(cpu_f32, previews=3, on_preview=expected.append)
     for model in (cuda_f32, cuda_bf16):
