@@ -160,13 +160,13 @@ async def events(request: Request) -> Response:
 
 
 async def image(request: Request) -> Response:
-    """GET /api/jobs/{id}/images/{number}.{extension}, and videos/: for whoever has the job's id, which cannot be guessed, so that a
-    URL can be given on."""
+    """GET /api/jobs/{id}/images/{number}.{extension} and videos: for whoever has the job's id, which cannot be guessed,
+    so that a URL can be given on."""
     found = state_of(request).jobs.find(request.path_params["id"])
     number, extension = request.path_params["number"], request.path_params["extension"]
     files = found.result.files if found.result else ()
     if number >= len(files) or files[number].extension != extension:
-        raise Problem("not-found", "the job has no such picture")
+        raise Problem("not-found", "the job has no such file")
     return Response(
         files[number].content,
         headers={"cache-control": "private, max-age=3600, immutable"},
