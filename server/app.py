@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from diffusionz.server import accounts, api, operations, page
+from diffusionz.server import a1111, accounts, api, openai, operations, page, sagemaker
 from diffusionz.server.caller import Callers
 from diffusionz.server.edge import Edge
 from diffusionz.server.jobs import Jobs, Service
@@ -44,7 +44,10 @@ def create_app(
     routes: list[BaseRoute] = [
         *api.routes(),
         *operations.routes(),
+        *openai.routes(),
+        *sagemaker.routes(),
         *accounts.routes(),
+        *a1111.routes(),
         *page.routes(_page(state)),
     ]
     handlers: Mapping[Any, Any] = {HTTPException: _refused, Problem: _problem, Exception: _problem}

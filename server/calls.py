@@ -122,7 +122,7 @@ async def _stream(request: Request, job: Job, cancel_when_gone: bool, told: Told
                 except StopAsyncIteration:
                     return
                 coming = None
-                for event, about in _with_pictures(job, name, data):
+                for event, about in told(job, name, data):
                     yield b"event: %s\ndata: %s\n\n" % (event.encode(), orjson.dumps({"type": event} | about))
     finally:
         # Nothing is awaited here: a client that has left has this task cancelled at each await.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from diffusionz.server.problems import invalid
+from diffusionz.server.problems import Problem, invalid
 
 Value = TypeVar("Value")
 
@@ -26,12 +28,34 @@ def decode(body: bytes, kind: type[Value]) -> Value:
     try:
         return _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
-        text = str(error)
-        at, field = _AT.search(text), _FIELD.search(text)
-        path = [part for part in (at[1] if at else "", field[1] if field else "") if part]
-        raise invalid(_sentence(text, kind), param=".".join(path) or None) from None
+        raise _refusal(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid(f"the body is not JSON: {error}") from None
+
+
+def convert(values: Mapping[str, Any], kind: type[Value]) -> Value:
+    """`values`, as forms and careless clients give them ("8" for 8), as a `kind`. Raises Problem."""
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error), kind) from None
+
+
+@contextlib.contextmanager
+def called(names: Mapping[str, str]) -> Iterator[None]:
+    """For requests in another's words: a Problem that is raised in the block names the field as the request does."""
+    try:
+        yield
+    except Problem as problem:
+        problem.param = names.get(problem.param or "", problem.param)
+        raise
+
+
+def _refusal(text: str, kind: type) -> Problem:
+    """The problem that msgspec's message says."""
+    at, field = _AT.search(text), _FIELD.search(text)
+    path = [part for part in (at[1] if at else "", field[1] if field else "") if part]
+    return invalid(_sentence(text, kind), param=".".join(path) or None)
 
 
 def _sentence(text: str, kind: type) -> str:
