@@ -54,13 +54,16 @@ def called(names: Mapping[str, str]) -> Iterator[None]:
 def _refusal(text: str, kind: type) -> Problem:
     """The problem that msgspec's message says."""
     at, field = _AT.search(text), _FIELD.search(text)
-    path = [part for part in (at[1] if at else "", field[1] if field else "") if part]
-    return invalid(_sentence(text, kind), param=".".join(path) or None)
+    path = ".".join(part for part in (at[1] if at else "", field[1] if field else "") if part)
+    return invalid(_sentence(text, path, kind), path or None)
 
 
-def _sentence(text: str, kind: type) -> str:
-    """msgspec's message, with what there is when a field is unknown."""
-    if "unknown field" in text and not _AT.search(text):
-        known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
-        text += f"; the fields are: {known}"
-    return text
+def _sentence(text: str, path: str, kind: type) -> str:
+    """msgspec's message, after the field that it is about, and with what there is when that is unknown."""
+    if "unknown field" in text:
+        known = "" if _AT.search(text) else ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
+        return f"{path} is no field" + (f"; the fields are: {known}" if known else " here")
+    if "missing required field" in text:
+        return f"{path} is missing"
+    said = _AT.sub("", text).replace("`", "")
+    return f"{path or 'the body'}: {said[0].lower()}{said[1:]}"
