@@ -66,4 +66,13 @@ def _sentence(text: str, path: str, kind: type) -> str:
     if "missing required field" in text:
         return f"{path} is missing"
     said = _AT.sub("", text).replace("`", "")
+    if "enum value" in text and (choices := _choices(kind, path)):
+        said += f"; it must be one of {choices}"
     return f"{path or 'the body'}: {said[0].lower()}{said[1:]}"
+
+
+@cache
+def _choices(kind: type, field: str) -> str:
+    """What a field may be, when that is a list of words."""
+    properties = msgspec.json.schema(kind).get("$defs", {}).get(kind.__name__, {}).get("properties", {})
+    return ", ".join(map(str, properties.get(field, {}).get("enum", ())))
