@@ -113,7 +113,7 @@ _NAMES = {
 }
 
 # What programs ask for when they start.
-_CONSTANT: dict[str, Any] = {
+CONSTANT: dict[str, Any] = {
     "samplers": [{"name": "Euler", "aliases": ["euler"], "options": {}}],
     "schedulers": [
         {"name": "automatic", "label": "Automatic", "aliases": None, "default_rho": -1.0, "need_inner_model": False}
@@ -289,7 +289,7 @@ class Desk:
             Route(f"{base}/options", self.options, methods=["GET", "POST"]),
             Route(f"{base}/sd-models", sd_models),
             Route("/internal/progress", self.task_progress, methods=["POST"]),
-            *(Route(f"{base}/{name}", _constant(value), name=f"a1111:{name}") for name, value in _CONSTANT.items()),
+            *(Route(f"{base}/{name}", _constant(value), name=f"a1111:{name}") for name, value in CONSTANT.items()),
         ]
 
 

@@ -27,27 +27,27 @@ HISTORY_MAX = 1000  # lines of one answer
 _BASE58 = re.compile(r"[1-9A-HJ-NP-Za-km-z]{64,90}")
 
 
-class _Address(msgspec.Struct, forbid_unknown_fields=True):
+class Address(msgspec.Struct, forbid_unknown_fields=True):
     address: str
 
 
-class _Signed(msgspec.Struct, forbid_unknown_fields=True):
+class Signed(msgspec.Struct, forbid_unknown_fields=True):
     address: str
     nonce: str
     signature: str
 
 
-class _NewKey(msgspec.Struct, forbid_unknown_fields=True):
+class NewKey(msgspec.Struct, forbid_unknown_fields=True):
     name: str = ""
     services: list[str] | None = None
     daily_limit: int | None = None
 
 
-class _ChangedKey(msgspec.Struct, forbid_unknown_fields=True):
+class ChangedKey(msgspec.Struct, forbid_unknown_fields=True):
     daily_limit: int | None
 
 
-class _Faucet(msgspec.Struct, forbid_unknown_fields=True):
+class Faucet(msgspec.Struct, forbid_unknown_fields=True):
     address: str
     tokens: str | int | float | None = None
     sol: str | int | float | None = None
@@ -135,7 +135,7 @@ async def deposit_code(request: Request) -> Response:
 
 async def challenge(request: Request) -> Response:
     """POST /api/sign-in/challenge"""
-    asked = decode(await json_body(request), _Address)
+    asked = decode(await json_body(request), Address)
     client = request.client.host if request.client else ""
     given = await _checked(_credits(request).challenge(asked.address, client), "address")
     return json_response({"nonce": given.nonce, "text": given.text, "input": given.sign_in_input()})
@@ -144,7 +144,7 @@ async def challenge(request: Request) -> Response:
 async def sign_in(request: Request) -> Response:
     """POST /api/sign-in"""
     credits = _credits(request)
-    asked = decode(await json_body(request), _Signed)
+    asked = decode(await json_body(request), Signed)
     signed = await _checked(credits.sign_in(asked.address, asked.nonce, _signature(asked.signature)), "signature")
     key = (await credits.create_key(signed.account, name="first")).secret if signed.new else None
     about = {"account": signed.account, "address": signed.address, "new": signed.new, "api_key": key}
@@ -201,9 +201,9 @@ async def account(request: Request) -> Response:
 async def keys(request: Request) -> Response:
     """GET and POST /api/keys"""
     credits, owner = _owner(request)
-    if request.method == "GET":
+    if request.method != "POST":  # HEAD is a GET, too
         return json_response({"keys": [_shown(key) for key in await credits.keys(owner.account)]})
-    asked = decode(await json_body(request), _NewKey)
+    asked = decode(await json_body(request), NewKey)
     made = await credits.create_key(owner.account, asked.name, asked.services, asked.daily_limit)
     return json_response(_shown(made.key) | {"secret": made.secret}, 201, {"cache-control": "no-store"})
 
@@ -214,7 +214,7 @@ async def key(request: Request) -> Response:
     id = request.path_params["id"]
     if request.method == "DELETE":
         return json_response(_shown(await credits.revoke_key(owner.account, id)))
-    asked = decode(await json_body(request), _ChangedKey)
+    asked = decode(await json_body(request), ChangedKey)
     return json_response(_shown(await credits.set_daily_limit(owner.account, id, asked.daily_limit)))
 
 
@@ -239,7 +239,7 @@ async def faucet(request: Request) -> Response:
     state = state_of(request)
     if state.ledger is None or state.ledger.faucet is None:
         raise Problem("not-found", "there is a faucet on dev chains alone")
-    asked = decode(await json_body(request), _Faucet)
+    asked = decode(await json_body(request), Faucet)
     sent = await state.ledger.faucet(
         asked.address, tokens=_amount("tokens", asked.tokens), sol=_amount("sol", asked.sol)
     )

@@ -47,7 +47,7 @@ async def service(request: Request) -> Response:
 async def jobs(request: Request) -> Response:
     """POST and GET /api/jobs"""
     caller = await state_of(request).callers.caller(request)
-    if request.method == "GET":
+    if request.method != "POST":  # HEAD is a GET, too
         return json_response({"jobs": [job.shown() for job in state_of(request).jobs.list(caller)]})
     body = await json_body(request)
     return await _accepted(request, caller, body, decode(body, _Head))
@@ -182,7 +182,7 @@ async def ps(request: Request) -> Response:
     return json_response({"models": state_of(request).models.ps()})
 
 
-class _Load(msgspec.Struct, forbid_unknown_fields=True):
+class Load(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     keep_alive: float | str | None = None
 
@@ -201,10 +201,10 @@ async def unload(request: Request) -> Response:
     return json_response({"models": models.ps()})
 
 
-async def _of_operator(request: Request) -> tuple[_Load, Any]:
+async def _of_operator(request: Request) -> tuple[Load, Any]:
     state = state_of(request)
     state.check_operator(request)
-    return decode(await json_body(request), _Load), state.models
+    return decode(await json_body(request), Load), state.models
 
 
 def routes() -> list[Route]:

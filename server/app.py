@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from diffusionz.server import a1111, accounts, api, openai, operations, page, sagemaker
+from diffusionz import DiffusionzError
+from diffusionz.server import a1111, accounts, api, openai, openapi, operations, page, sagemaker
 from diffusionz.server.caller import Callers
 from diffusionz.server.edge import Edge
 from diffusionz.server.jobs import Jobs, Service
@@ -48,9 +49,16 @@ def create_app(
         *sagemaker.routes(),
         *accounts.routes(),
         *a1111.routes(),
+        *openapi.routes(),
         *page.routes(_page(state)),
     ]
-    handlers: Mapping[Any, Any] = {HTTPException: _refused, Problem: _problem, Exception: _problem}
+    # Errors that have a meaning are named: Starlette raises again, into the log, what only Exception's handler answers.
+    handlers: dict[Any, Any] = {HTTPException: _refused, Problem: _problem, Exception: _problem}
+    handlers[DiffusionzError] = _problem
+    if ledger is not None:
+        from diffusionz.payments.errors import PaymentsError
+
+        handlers[PaymentsError] = _problem
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.state.parts = state
     return Edge(app, state)
