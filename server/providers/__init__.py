@@ -38,6 +38,8 @@ async def opened(
 ) -> AsyncIterator[list[Remote]]:
     """The services elsewhere that this server has. prices: what is for sale, where calls cost something. Raises
     ArgumentError for settings that cannot work."""
+    if not isinstance(settings.providers, Mapping):
+        raise ArgumentError("providers must be a table, such as [providers.fal]")
     if unknown := sorted(set(settings.providers) - {"fal"}):
         raise ArgumentError(f"providers.{unknown[0]} is no provider; there is fal")
     fal = fal_settings(settings.providers.get("fal", {}))

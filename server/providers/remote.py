@@ -11,7 +11,6 @@ A new provider is one class with these methods; a new service one subclass of `R
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import random
@@ -193,9 +192,11 @@ class Remote:
 
     async def _dropped(self, ticket: Ticket) -> None:
         """Cancels it there; that this fails changes nothing for the job."""
-        with contextlib.suppress(Problem, TimeoutError):
+        try:
             async with asyncio.timeout(CANCEL_S):
                 await self._provider.cancel(ticket)
+        except (Problem, TimeoutError):
+            logger.warning("%s: request %.60r could not be cancelled there, and may cost", self.name, ticket.id)
 
     async def finish(self, job: Job, raw: tuple[dict[str, Any], list[File]]) -> Result:
         about, files = raw

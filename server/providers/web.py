@@ -36,6 +36,10 @@ class Unanswered(Exception):
         self.sent = sent
 
 
+class TooLarge(Unanswered):
+    """More came than is taken."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     status: int
@@ -120,7 +124,14 @@ class Web:
         raise AssertionError("unreachable")
 
     async def repeat(
-        self, method: str, url: str, *, seconds: float, headers: Mapping[str, str], passing: frozenset[int] = PASSING
+        self,
+        method: str,
+        url: str,
+        *,
+        seconds: float,
+        headers: Mapping[str, str] | None = None,
+        passing: frozenset[int] = PASSING,
+        most_bytes: int = JSON_BYTES,
     ) -> Answer:
         """A request that may be repeated, until it is answered with a status that is not `passing`. Returns the last
         answer. Raises Unanswered."""
@@ -128,10 +139,12 @@ class Web:
             last = attempt == TRIES - 1
             pause_s = _backoff_s(attempt)
             try:
-                answer = await self.exchange(method, url, seconds=seconds, headers=headers)
+                answer = await self.exchange(method, url, seconds=seconds, headers=headers, most_bytes=most_bytes)
                 if answer.status not in passing or last:
                     return answer
                 pause_s = max(pause_s, min(answer.retry_after_s or 0, BACKOFF_MAX_S))
+            except TooLarge:
+                raise  # it would come again
             except Unanswered:
                 if last:
                     raise
@@ -144,29 +157,11 @@ class Web:
             for _ in range(REDIRECTS + 1):
                 if not allowed.has(url):
                     raise Unanswered("names a file at an address that is not among its own")
-                answer = await self._file(url, seconds, most_bytes)
+                answer = await self.repeat("GET", url, seconds=seconds, most_bytes=most_bytes)
                 if answer.status not in (301, 302, 303, 307, 308):
                     return answer
                 url = urljoin(url, answer.headers.get("location", ""))
         raise Unanswered("redirects without end")
-
-    async def _file(self, url: str, seconds: float, most_bytes: int) -> Answer:
-        for attempt in range(TRIES):
-            try:
-                answer = await self.exchange("GET", url, seconds=seconds, most_bytes=most_bytes)
-                if answer.status not in PASSING or attempt == TRIES - 1:
-                    return answer
-            except TooLarge:
-                raise
-            except Unanswered:
-                if attempt == TRIES - 1:
-                    raise
-            await asyncio.sleep(_backoff_s(attempt))
-        raise AssertionError("unreachable")
-
-
-class TooLarge(Unanswered):
-    """More came than is taken. Asking again would bring it again."""
 
 
 class Hosts:
