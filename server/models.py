@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, type[ZImage] | type[Chronos2]] = {"zimage": ZImage, "chronos2": Chronos2}
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_YEAR_S = 366 * 86400.0
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 
 
@@ -66,10 +67,12 @@ class _Entry:
         self.model: Any = None
         self.loading: asyncio.Task[None] | None = None
         self.users = 0
-        self.bytes = 0  # of weights; counted from before it is loaded until it is freed
+        self.size = 0  # of its weights in memory, in bytes; 0: not known yet
+        self.bytes = 0  # the same while they count: from before it is loaded until it is freed
         self.loaded_at = 0.0  # since 1970
         self.used_at = 0.0  # of the monotonic clock, like expires_at
         self.expires_at = math.inf
+        self.keep_alive_s: float | None = None  # the server's when None
 
     @property
     def idle(self) -> bool:
@@ -116,8 +119,9 @@ class Models:
     @contextlib.asynccontextmanager
     async def use(self, name: str, keep_alive: float | str | None = None) -> AsyncIterator[Any]:
         """The loaded model, for the time of the block. Raises Problem."""
-        seconds = self._keep_alive_s if keep_alive is None else parse_keep_alive(keep_alive)
         entry = self._entries[name]
+        usual = self._keep_alive_s if entry.keep_alive_s is None else entry.keep_alive_s
+        seconds = usual if keep_alive is None else parse_keep_alive(keep_alive)
         entry.users += 1  # before anything is awaited: from now on it is not let go
         try:
             while entry.model is None:
@@ -140,14 +144,19 @@ class Models:
         async with self.use(name, keep_alive):
             pass
 
+    async def preload(self, name: str) -> None:
+        """Loads a model to keep it: it stays after other calls, too, unless they say otherwise. Raises Problem."""
+        self.spec(name)
+        self._entries[name].keep_alive_s = math.inf
+        await self.load(name)
+
     async def unload(self, name: str) -> None:
-        """Lets a model go, now or as soon as nothing runs on it. Raises Problem for an unknown one."""
+        """Lets a model go, now or as soon as nothing runs on it and nobody loads it. Raises Problem for an unknown
+        one."""
         self.spec(name)
         entry = self._entries[name]
-        entry.expires_at = 0.0
-        while entry.model is not None and entry.users:
-            await asyncio.sleep(0.05)
-            entry.expires_at = 0.0
+        while entry.users or entry.loading is not None:
+            await asyncio.sleep(0.02)
         await self._free(entry, "asked")
 
     async def close(self) -> None:
@@ -189,15 +198,27 @@ class Models:
 
     async def _load(self, entry: _Entry) -> None:
         spec, began = entry.spec, time.monotonic()
+        taken = 0
         try:
-            await self._make_room(entry, await self._in_thread(size_bytes, spec))
+            needed = entry.size or await self._in_thread(size_bytes, spec)
+            await self._make_room(entry, needed)
+            taken = needed
             try:
-                entry.model = await self._in_thread(_construct, spec)
+                model = await self._in_thread(_construct, spec)
             except MemoryError:
                 # What is idle may be what fills the device.
                 for other in self._idle():
                     await self._free(other, "out of memory")
-                entry.model = await self._in_thread(_construct, spec)
+                model = await self._in_thread(_construct, spec)
+            # In another precision than the files' it is larger, or smaller, than they are.
+            entry.size = model.memory["weights_bytes"]
+            entry.bytes, taken = entry.bytes + entry.size - taken, entry.size
+            while self._budget and self.held_bytes > self._budget and (idle := self._idle()):
+                await self._free(idle[0], "memory budget")
+            if self._budget and entry.size > self._budget:
+                await self._in_thread(model.close)
+                raise self._too_large(entry)
+            entry.model = model
             entry.loaded_at, entry.used_at = time.time(), time.monotonic()
             self.metrics.loads.labels(spec.name).observe(time.monotonic() - began)
             logger.info("model %s loaded in %.2f s", spec.name, time.monotonic() - began)
@@ -212,18 +233,15 @@ class Models:
         finally:
             entry.loading = None
             if entry.model is None:
-                entry.bytes = 0
+                entry.bytes -= taken
             if not entry.users:  # all who waited have left
                 self._look()
 
     async def _make_room(self, entry: _Entry, needed: int) -> None:
         """Returns when `needed` bytes are within the budget, and takes them."""
         if self._budget and needed > self._budget:
-            raise Problem(
-                "model-unavailable",
-                f"the model {entry.spec.name} has {needed / 1e9:.1f} GB of weights, the server keeps at most "
-                f"{self._budget / 1e9:.1f} GB",
-            )
+            entry.size = needed
+            raise self._too_large(entry)
         async with self._room:
             while self._budget and self.held_bytes + needed > self._budget:
                 idle = self._idle()
@@ -232,7 +250,15 @@ class Models:
                     continue
                 self._released.clear()
                 await self._released.wait()
-            entry.bytes = needed
+            entry.bytes += needed  # beside what it had, while that is being freed
+
+    def _too_large(self, entry: _Entry) -> Problem:
+        size, most = entry.size / 1e9, self._budget / 1e9
+        logger.error("model %s: %.2f GB of weights are over the memory budget of %.2f GB", entry.spec.name, size, most)
+        return Problem(
+            "model-unavailable",
+            f"the model {entry.spec.name} has {size:.2f} GB of weights, the server keeps at most {most:.2f} GB",
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -247,8 +273,11 @@ class Models:
         if entry.model is None or entry.users:
             return
         model, entry.model = entry.model, None
-        await self._in_thread(model.close)
-        entry.bytes = 0
+        held = entry.bytes
+        try:
+            await self._in_thread(model.close)
+        finally:
+            entry.bytes -= held  # it may be loading anew by now
         self.metrics.evictions.labels(entry.spec.name, reason).inc()
         logger.info("model %s let go: %s", entry.spec.name, reason)
         self._released.set()
@@ -283,24 +312,24 @@ def _seen(task: asyncio.Task[None]) -> None:
 
 def parse_keep_alive(value: float | str) -> float:
     """Seconds; infinity for a negative value. Raises Problem."""
-    seconds: float | None = None
-    if isinstance(value, (int, float)):
-        seconds = float(value)
-    else:
+    seconds: float | None = None  # or an int beyond all floats
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = value
+    elif isinstance(value, str) and len(value) <= 32:  # beyond that the pattern would take its time
         text = value.strip().lower()
         negative, text = text.startswith("-"), text.removeprefix("-")
         if text and _DURATION.sub("", text) == "":
             seconds = sum(float(number) * _UNITS_S[unit] for number, unit in _DURATION.findall(text))
-        elif text.isdecimal():
+        elif text.isascii() and text.isdecimal():
             seconds = float(text)
         if seconds is not None and negative:
             seconds = -seconds
-    if seconds is None or math.isnan(seconds):
+    if seconds is None or seconds != seconds:  # NaN
         raise invalid(
-            f'keep_alive is {value!r}; it must be seconds, "10m", 0, or -1 for ever',
+            f'keep_alive is {str(value)[:40]!r}; it must be seconds, "10m", 0, or -1 for ever',
             param="keep_alive",
         )
-    return math.inf if seconds < 0 else seconds
+    return math.inf if seconds < 0 or seconds > _YEAR_S else float(seconds)
 
 
 def size_bytes(spec: Spec) -> int:

@@ -100,9 +100,9 @@ class State:
     async def _preload(self) -> None:
         for name in self.settings.preload:
             try:
-                await self.models.load(name, -1)
-            except Problem as problem:
-                logger.error("preload %s: %s", name, problem.detail)
+                await self.models.preload(name)
+            except Exception as error:  # the other models can be served all the same
+                logger.error("preload %s: %s", name, error)
         self.ready = True
 
     def service(self, name: str | None) -> Service:
