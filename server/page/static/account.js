@@ -1,6 +1,20 @@
 // The account: signing in, credit that arrives, keys, and what was spent.
 
-import { $, Problem, announce, api, copy, dollars, make, page, showChip, showProblem, signedIn, tokens, units } from "./base.js";
+import {
+  $,
+  Problem,
+  announce,
+  api,
+  copy,
+  dollars,
+  make,
+  page,
+  showChip,
+  showProblem,
+  signedIn,
+  tokens,
+  units,
+} from "./base.js";
 import { signIn, watchWallets } from "./wallet.js";
 
 const POLL_MS = 2500;
@@ -18,14 +32,19 @@ const failed = (error) => {
 // --- Signed out ---
 
 watchWallets((wallets) => {
-  $("wallets").replaceChildren(...wallets.map((wallet) => {
-    const button = make("button", { type: "button" });
-    if (wallet.icon) button.append(make("img", { src: wallet.icon, alt: "" }));
-    button.append(wallet.name);
-    button.addEventListener("click", () => enter(wallet));
-    return make("li", {}, button);
-  }));
-  if (!$("waiting").dataset.busy) $("waiting").textContent = wallets.length ? "" : "No wallet was found in this browser. Install one, then load this page again.";
+  $("wallets").replaceChildren(
+    ...wallets.map((wallet) => {
+      const button = make("button", { type: "button" });
+      if (wallet.icon) button.append(make("img", { src: wallet.icon, alt: "" }));
+      button.append(wallet.name);
+      button.addEventListener("click", () => enter(wallet));
+      return make("li", {}, button);
+    }),
+  );
+  if (!$("waiting").dataset.busy)
+    $("waiting").textContent = wallets.length
+      ? ""
+      : "No wallet was found in this browser. Install one, then load this page again.";
 });
 
 async function enter(wallet) {
@@ -34,7 +53,9 @@ async function enter(wallet) {
   for (const button of buttons) button.disabled = true;
   $("waiting").dataset.busy = "1";
   try {
-    const done = await signIn(wallet, (text) => { $("waiting").textContent = text; });
+    const done = await signIn(wallet, (text) => {
+      $("waiting").textContent = text;
+    });
     signedIn(true);
     await show(true);
     if (done.api_key) showSecret(done.api_key);
@@ -95,7 +116,10 @@ async function poll() {
   timer = setTimeout(poll, POLL_MS);
 }
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && !$("in").hidden) { clearTimeout(timer); poll(); }
+  if (!document.hidden && !$("in").hidden) {
+    clearTimeout(timer);
+    poll();
+  }
 });
 
 async function balance() {
@@ -122,7 +146,10 @@ async function balance() {
   available = now.available;
 }
 
-const split = (text) => { const at = text.lastIndexOf(" "); return [text.slice(0, at), text.slice(at + 1)]; };
+const split = (text) => {
+  const at = text.lastIndexOf(" ");
+  return [text.slice(0, at), text.slice(at + 1)];
+};
 const amount = ({ amount, decimals, currency }) => tokens(amount, decimals, currency);
 
 // --- Deposits ---
@@ -131,11 +158,14 @@ async function deposit() {
   const there = await api("/api/deposit");
   if ($("address").textContent === there.address) return;
   $("address").textContent = there.address;
-  $("symbol").textContent = (there.currencies ?? [{ currency: there.symbol }]).map(({ currency }) => currency).join(" or ");
+  $("symbol").textContent = (there.currencies ?? [{ currency: there.symbol }])
+    .map(({ currency }) => currency)
+    .join(" or ");
   $("qr").src = `/api/deposit/qr.svg?address=${encodeURIComponent(there.address)}`; // another address, another picture
   $("qr").hidden = false;
   const mint = there.mint ? ` The token's mint is ${there.mint}.` : "";
-  $("arrives").textContent = `What you send is credited when the chain is final, after some 15 seconds.${page.dev ? "" : mint}`;
+  $("arrives").textContent =
+    `What you send is credited when the chain is final, after some 15 seconds.${page.dev ? "" : mint}`;
   $("arrives").classList.add("wrap");
 }
 $("address-copy").addEventListener("click", () => copy($("address").textContent, $("address-copy")));
@@ -146,7 +176,9 @@ $("faucet")?.addEventListener("submit", async (event) => {
   const button = event.target.querySelector("button");
   button.disabled = true;
   try {
-    await api("/api/dev/faucet", { body: { address: $("address").textContent, tokens: Number($("faucet-tokens").value) } });
+    await api("/api/dev/faucet", {
+      body: { address: $("address").textContent, tokens: Number($("faucet-tokens").value) },
+    });
     announce("They are on their way");
     await balance();
   } catch (error) {
@@ -161,17 +193,30 @@ $("faucet")?.addEventListener("submit", async (event) => {
 async function keys() {
   const answer = await api("/api/keys");
   const there = (answer.keys ?? answer).filter(({ revoked_at: revoked }) => !revoked);
-  $("keys").replaceChildren(...there.map((key) => {
-    const button = make("button", { type: "button", className: "danger", textContent: "Revoke", "aria-label": `Revoke ${key.name}` });
-    button.addEventListener("click", () => revoke(key));
-    return make("tr", {},
-      make("th", { scope: "row", textContent: key.name }),
-      make("td", { className: "mono", textContent: key.shown ?? `cutedsl_${key.id}…` }),
-      make("td", { textContent: key.daily_limit === null || key.daily_limit === undefined ? "none" : tokens(key.daily_limit) }),
-      make("td", { className: "wide-only", textContent: key.used_at ? when(key.used_at) : "never" }),
-      make("td", { className: "number" }, button));
-  }));
-  if (!there.length) $("keys").append(make("tr", {}, make("td", { colSpan: 5, className: "hint", textContent: "No keys yet." })));
+  $("keys").replaceChildren(
+    ...there.map((key) => {
+      const button = make("button", {
+        type: "button",
+        className: "danger",
+        textContent: "Revoke",
+        "aria-label": `Revoke ${key.name}`,
+      });
+      button.addEventListener("click", () => revoke(key));
+      return make(
+        "tr",
+        {},
+        make("th", { scope: "row", textContent: key.name }),
+        make("td", { className: "mono", textContent: key.shown ?? `cutedsl_${key.id}…` }),
+        make("td", {
+          textContent: key.daily_limit === null || key.daily_limit === undefined ? "none" : tokens(key.daily_limit),
+        }),
+        make("td", { className: "wide-only", textContent: key.used_at ? when(key.used_at) : "never" }),
+        make("td", { className: "number" }, button),
+      );
+    }),
+  );
+  if (!there.length)
+    $("keys").append(make("tr", {}, make("td", { colSpan: 5, className: "hint", textContent: "No keys yet." })));
 }
 
 $("new-key").addEventListener("submit", async (event) => {
@@ -180,7 +225,8 @@ $("new-key").addEventListener("submit", async (event) => {
   const written = $("key-limit").value.trim();
   const limit = written ? units(written) : null;
   try {
-    if (written && limit === null) throw new Problem({ title: "This is no limit", detail: `A number with at most ${page.decimals} decimals.` });
+    if (written && limit === null)
+      throw new Problem({ title: "This is no limit", detail: `A number with at most ${page.decimals} decimals.` });
     const made = await api("/api/keys", { body: { name: $("key-name").value.trim(), daily_limit: limit } });
     event.target.reset();
     await keys();
@@ -191,7 +237,8 @@ $("new-key").addEventListener("submit", async (event) => {
 });
 
 async function revoke(key) {
-  $("confirm-text").textContent = `Programs that use “${key.name}” (cutedsl_${key.id}…) are refused from then on. It cannot be undone.`;
+  $("confirm-text").textContent =
+    `Programs that use “${key.name}” (cutedsl_${key.id}…) are refused from then on. It cannot be undone.`;
   $("confirm").returnValue = "no";
   $("confirm").showModal();
   await new Promise((done) => $("confirm").addEventListener("close", done, { once: true }));
@@ -228,14 +275,22 @@ async function history(older = false) {
   const answer = await api(`/api/billing-history?limit=${PAGE}${query}`);
   const lines = answer.history ?? answer.lines ?? answer;
   // A call is held and then charged; what was held only is in the balance.
-  const rows = lines.filter(({ posted }) => posted !== 0).map((line) => make("tr", {},
-    make("td", { textContent: when(line.created_at) }),
-    make("td", { textContent: line.kind === "refund" ? `${line.code}, given back` : line.code }),
-    make("td", { className: "number", textContent: `${line.posted > 0 ? "+" : ""}${tokens(line.posted)}` }),
-    make("td", { className: "mono wrap wide-only", textContent: line.note || line.id })));
+  const rows = lines
+    .filter(({ posted }) => posted !== 0)
+    .map((line) =>
+      make(
+        "tr",
+        {},
+        make("td", { textContent: when(line.created_at) }),
+        make("td", { textContent: line.kind === "refund" ? `${line.code}, given back` : line.code }),
+        make("td", { className: "number", textContent: `${line.posted > 0 ? "+" : ""}${tokens(line.posted)}` }),
+        make("td", { className: "mono wrap wide-only", textContent: line.note || line.id }),
+      ),
+    );
   if (older) $("history").append(...rows);
   else $("history").replaceChildren(...rows);
-  if (!$("history").children.length) $("history").append(make("tr", {}, make("td", { colSpan: 4, className: "hint", textContent: "Nothing yet." })));
+  if (!$("history").children.length)
+    $("history").append(make("tr", {}, make("td", { colSpan: 4, className: "hint", textContent: "Nothing yet." })));
   before = lines.length ? lines[lines.length - 1].seq : before;
   $("older").hidden = lines.length < PAGE;
 }

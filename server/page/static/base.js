@@ -40,10 +40,19 @@ export async function api(path, { method, body, headers = {}, signal } = {}) {
     data = (response.headers.get("content-type") ?? "").includes("json") ? JSON.parse(text) : null;
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem({ title: "The server does not answer", detail: "Is it running, and are you connected? Nothing was charged for what did not arrive." });
+    throw new Problem({
+      title: "The server does not answer",
+      detail: "Is it running, and are you connected? Nothing was charged for what did not arrive.",
+    });
   }
   if (response.status === 401) signedIn(false);
-  if (!response.ok) throw new Problem({ title: `The server answered ${response.status}`, detail: "", status: response.status, ...data });
+  if (!response.ok)
+    throw new Problem({
+      title: `The server answered ${response.status}`,
+      detail: "",
+      status: response.status,
+      ...data,
+    });
   return data;
 }
 
@@ -54,8 +63,11 @@ export function showProblem(box, error = null, form = null) {
   if (!error) return;
   if (!(error instanceof Problem)) console.warn(error);
   if (error.kind === "unauthorized") {
-    box.append(make("strong", { textContent: "Sign in first" }), make("p", { textContent: "This costs something here, and your wallet is your account." }),
-      make("p", {}, make("a", { href: "/account", className: "button primary", textContent: "Sign in" })));
+    box.append(
+      make("strong", { textContent: "Sign in first" }),
+      make("p", { textContent: "This costs something here, and your wallet is your account." }),
+      make("p", {}, make("a", { href: "/account", className: "button primary", textContent: "Sign in" })),
+    );
     box.scrollIntoView({ block: "nearest" });
     return;
   }
@@ -64,7 +76,9 @@ export function showProblem(box, error = null, form = null) {
   box.scrollIntoView({ block: "nearest" });
   if (error.kind === "insufficient-credit" && error.needed !== undefined) {
     box.append(make("p", {}, `It costs ${tokens(error.needed)}, and ${tokens(error.available)} are there.`));
-    box.append(make("p", {}, make("a", { href: "/account#deposit", className: "button primary", textContent: "Add credit" })));
+    box.append(
+      make("p", {}, make("a", { href: "/account#deposit", className: "button primary", textContent: "Add credit" })),
+    );
     return;
   }
   if (detail) box.append(make("p", { textContent: detail }));
@@ -86,7 +100,10 @@ export function showProblem(box, error = null, form = null) {
 
 /** "1,234.5 CUTE" of base units, which may be more than a double holds exactly: digits are moved, not divided. */
 export function tokens(units, decimals = Number(page.decimals), symbol = page.symbol) {
-  const digits = BigInt(units).toString().replace("-", "").padStart(decimals + 1, "0");
+  const digits = BigInt(units)
+    .toString()
+    .replace("-", "")
+    .padStart(decimals + 1, "0");
   const whole = BigInt(digits.slice(0, digits.length - decimals) || "0").toLocaleString("en");
   const rest = decimals ? digits.slice(-decimals).replace(/0+$/, "") : "";
   return `${units < 0 ? "−" : ""}${whole}${rest ? "." + rest : ""} ${symbol}`.trim();
@@ -118,7 +135,9 @@ export async function showPrice(service, element) {
     const now = found.tokens === null ? "" : `, ${tokens(found.tokens)} now`;
     element.textContent = `$${dollars(found.usd)} for each ${found.unit}${now}. What fails costs nothing.`;
     element.hidden = false;
-  } catch { /* the page works without */ }
+  } catch {
+    /* the page works without */
+  }
 }
 
 // --- Who is signed in: the cookie is the server's; this only remembers that there is one, so that nobody else asks ---
@@ -154,13 +173,16 @@ export async function showChip() {
 /** Says it to a screen reader. */
 export function announce(text) {
   $("announce").textContent = "";
-  setTimeout(() => { $("announce").textContent = text; }, 50); // the same text twice is to be heard twice
+  setTimeout(() => {
+    $("announce").textContent = text;
+  }, 50); // the same text twice is to be heard twice
 }
 
 export async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // no permission, or plain http from elsewhere
+  } catch {
+    // no permission, or plain http from elsewhere
     const area = make("textarea", { value: text, className: "hidden" });
     (button.closest("dialog") ?? document.body).append(area);
     area.select();
@@ -169,20 +191,29 @@ export async function copy(text, button) {
     button.focus();
   }
   const label = button.textContent;
-  if (label !== "Copied") setTimeout(() => { button.textContent = label; }, 1500);
+  if (label !== "Copied")
+    setTimeout(() => {
+      button.textContent = label;
+    }, 1500);
   button.textContent = "Copied";
   announce("Copied");
 }
 
 export function facts(list, pairs) {
-  list.replaceChildren(...Object.entries(pairs).filter(([, value]) => value).map(([name, value]) =>
-    make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
+  list.replaceChildren(
+    ...Object.entries(pairs)
+      .filter(([, value]) => value)
+      .map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))),
+  );
 }
 
 /** Brings what happens into view, where it is below the form. */
 export function reveal(element) {
   if (innerWidth >= 864) return;
-  element.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth", block: "start" });
+  element.scrollIntoView({
+    behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth",
+    block: "start",
+  });
 }
 
 /** "443 ms", "2.4 s". */
@@ -194,7 +225,8 @@ export function duration(ms) {
 export function curl(path, body, rest = "") {
   const key = page.free ? "" : ` \\\n  -H "Authorization: Bearer $DIFFUSIONZ_API_KEY"`;
   const json = JSON.stringify(body).replaceAll("'", "'\\''");
-  return `curl -s -f ${location.origin}${path}${key} \\\n  -H "Content-Type: application/json" \\\n  -d '${json}'${rest}`;
+  const type = ` \\\n  -H "Content-Type: application/json"`;
+  return `curl -s -f ${location.origin}${path}${key}${type} \\\n  -d '${json}'${rest}`;
 }
 
 /** An id that nobody else makes; crypto.randomUUID is there only on https. */

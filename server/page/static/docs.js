@@ -6,10 +6,18 @@ const switcher = $("language");
 function choose(language) {
   document.body.dataset.show = language;
   switcher.querySelector(`[value="${language}"]`).checked = true;
-  try { localStorage.setItem("diffusionz-samples", language); } catch { /* not kept then */ }
+  try {
+    localStorage.setItem("diffusionz-samples", language);
+  } catch {
+    /* not kept then */
+  }
 }
 let kept = null;
-try { kept = localStorage.getItem("diffusionz-samples"); } catch { /* nothing kept */ }
+try {
+  kept = localStorage.getItem("diffusionz-samples");
+} catch {
+  /* nothing kept */
+}
 choose(kept === "python" ? "python" : "curl");
 switcher.hidden = false;
 switcher.addEventListener("change", (event) => choose(event.target.value));
@@ -31,7 +39,9 @@ async function prices() {
 async function key() {
   const answer = await api("/api/keys");
   const there = (answer.keys ?? answer).filter(({ revoked_at: revoked }) => !revoked);
-  if (there.length) $("key-hint").textContent = `yours begin with ${there.map(({ id }) => `cutedsl_${id}`).join(", ")}; the rest was shown when they were made.`;
+  if (there.length)
+    $("key-hint").textContent =
+      `yours begin with ${there.map(({ id }) => `cutedsl_${id}`).join(", ")}; the rest was shown when they were made.`;
 }
 
 if (!page.free) {

@@ -1,6 +1,22 @@
 // The first page: a prompt becomes a job, its events become a picture.
 
-import { $, Problem, announce, api, copy, cost, curl, duration, facts, make, reveal, showChip, showPrice, showProblem, token } from "./base.js";
+import {
+  $,
+  Problem,
+  announce,
+  api,
+  copy,
+  cost,
+  curl,
+  duration,
+  facts,
+  make,
+  reveal,
+  showChip,
+  showPrice,
+  showProblem,
+  token,
+} from "./base.js";
 
 const form = $("draw");
 const fields = form.elements;
@@ -21,7 +37,7 @@ function size() {
   const [across, down] = fields.shape.value.split(":").map(Number);
   const area = Number(form.dataset.width) * Number(form.dataset.height);
   const sixteens = (side) => Math.max(16, Math.round(side / 16) * 16);
-  return [sixteens(Math.sqrt(area * across / down)), sixteens(Math.sqrt(area * down / across))];
+  return [sixteens(Math.sqrt((area * across) / down)), sixteens(Math.sqrt((area * down) / across))];
 }
 
 /** What the form asks for, as the API wants it. */
@@ -54,7 +70,13 @@ async function startFrom(blob) {
   try {
     start = await createImageBitmap(blob);
   } catch {
-    showProblem($("problem"), new Problem({ title: "This file is not a picture", detail: "PNG, JPEG, WebP and what else your browser shows are fine." }));
+    showProblem(
+      $("problem"),
+      new Problem({
+        title: "This file is not a picture",
+        detail: "PNG, JPEG, WebP and what else your browser shows are fine.",
+      }),
+    );
     return;
   }
   URL.revokeObjectURL($("thumb").src);
@@ -71,13 +93,20 @@ function forget() {
   $("file").focus();
 }
 
-fields.shape.addEventListener("change", () => { $("own").hidden = fields.shape.value !== "own"; });
-fields.strength.addEventListener("input", () => { $("strength-shown").value = fields.strength.value; });
+fields.shape.addEventListener("change", () => {
+  $("own").hidden = fields.shape.value !== "own";
+});
+fields.strength.addEventListener("input", () => {
+  $("strength-shown").value = fields.strength.value;
+});
 $("file").addEventListener("change", () => $("file").files[0] && startFrom($("file").files[0]));
 $("forget").addEventListener("click", forget);
 addEventListener("paste", (event) => {
   const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
-  if (file) { event.preventDefault(); startFrom(file); }
+  if (file) {
+    event.preventDefault();
+    startFrom(file);
+  }
 });
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
@@ -86,7 +115,10 @@ addEventListener("drop", (event) => {
   if (file) startFrom(file);
 });
 for (const button of document.querySelectorAll(".try")) {
-  button.addEventListener("click", () => { fields.prompt.value = button.textContent; fields.prompt.focus(); });
+  button.addEventListener("click", () => {
+    fields.prompt.value = button.textContent;
+    fields.prompt.focus();
+  });
 }
 fields.prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
@@ -99,11 +131,15 @@ try {
     if (KEPT.includes(name)) fields[name].value = value;
   }
   fields.shape.dispatchEvent(new Event("change"));
-} catch { /* nothing kept */ }
+} catch {
+  /* nothing kept */
+}
 addEventListener("pagehide", () => {
   try {
     sessionStorage.setItem("draw", JSON.stringify(Object.fromEntries(KEPT.map((name) => [name, fields[name].value]))));
-  } catch { /* not kept then */ }
+  } catch {
+    /* not kept then */
+  }
 });
 
 // --- A job ---
@@ -115,7 +151,7 @@ form.addEventListener("submit", (event) => {
 
 async function draw(body) {
   if (job) return;
-  const run = job = { id: token(), started: performance.now(), end: () => {} };
+  const run = (job = { id: token(), started: performance.now(), end: () => {} });
   showProblem($("problem"), null, form);
   $("result").hidden = true;
   cells(body);
@@ -123,7 +159,9 @@ async function draw(body) {
   $("busy").hidden = false;
   $("cancel").disabled = false;
   $("go").disabled = true;
-  const clock = setInterval(() => { $("clock").textContent = `${((performance.now() - run.started) / 1000).toFixed(0)} s`; }, 250);
+  const clock = setInterval(() => {
+    $("clock").textContent = `${((performance.now() - run.started) / 1000).toFixed(0)} s`;
+  }, 250);
   reveal($("stage"));
   try {
     const previews = Math.min(PREVIEWS, Math.max(0, body.steps - 1));
@@ -136,7 +174,11 @@ async function draw(body) {
     const done = await watch(run, submitted);
     if (done.status === "completed") show(body, done);
     else if (done.status === "failed") throw new Problem(done.problem ?? { title: "It failed" });
-    else { frame.replaceChildren(...empty); frame.classList.remove("many"); announce("Cancelled. It costs nothing."); }
+    else {
+      frame.replaceChildren(...empty);
+      frame.classList.remove("many");
+      announce("Cancelled. It costs nothing.");
+    }
   } catch (error) {
     frame.replaceChildren(...empty);
     frame.classList.remove("many");
@@ -157,7 +199,10 @@ function watch(run, submitted) {
   return new Promise((resolve, reject) => {
     const source = new EventSource(submitted.urls.events);
     const on = (name, act) => source.addEventListener(name, (event) => act(JSON.parse(event.data)));
-    const end = (done) => { source.close(); resolve(done); };
+    const end = (done) => {
+      source.close();
+      resolve(done);
+    };
     on("job.queued", queued);
     on("job.progress", running);
     on("image_generation.partial_image", preview);
@@ -199,12 +244,15 @@ $("cancel").addEventListener("click", cancel);
 /** Room for the pictures of a request, at their shape, so that nothing moves when they come. */
 function cells({ width, height, n = 1 }) {
   frame.classList.toggle("many", n > 1);
-  frame.replaceChildren(...Array.from({ length: n }, () => {
-    const cell = make("div", { className: "cell" });
-    cell.style.aspectRatio = `${width} / ${height}`;
-    cell.style.maxWidth = `min(${Math.max(2 * width, 320)}px, ${(72 * width / height).toFixed(1)}vh)`; // a small one stays sharp
-    return cell;
-  }));
+  frame.replaceChildren(
+    ...Array.from({ length: n }, () => {
+      const cell = make("div", { className: "cell" });
+      cell.style.aspectRatio = `${width} / ${height}`;
+      // A small one stays sharp, a tall one in view.
+      cell.style.maxWidth = `min(${Math.max(2 * width, 320)}px, ${((72 * width) / height).toFixed(1)}vh)`;
+      return cell;
+    }),
+  );
 }
 
 function picture(index, source, text) {
@@ -217,7 +265,10 @@ function picture(index, source, text) {
 function progress(text, step = null, count = null) {
   if ($("status").textContent !== text) $("status").textContent = text;
   const bar = $("bar");
-  if (count) { bar.max = count; bar.value = step; } else bar.removeAttribute("value");
+  if (count) {
+    bar.max = count;
+    bar.value = step;
+  } else bar.removeAttribute("value");
 }
 
 function queued({ queue_position: ahead }) {
@@ -254,13 +305,22 @@ function show(body, done) {
 }
 
 function slug(text) {
-  return text.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 48) || "picture";
+  return (
+    text
+      .toLowerCase()
+      .replace(/[^\p{L}\p{N}]+/gu, "-")
+      .replace(/^-|-$/g, "")
+      .slice(0, 48) || "picture"
+  );
 }
 
 /** A picture among the earlier ones; its button fills the form with what drew it. */
 function keep(image, body) {
-  const button = make("button", { type: "button", title: body.prompt, "aria-label": `Use the prompt and seed of: ${body.prompt}` },
-    make("img", { src: image.url, alt: "", loading: "lazy" }));
+  const button = make(
+    "button",
+    { type: "button", title: body.prompt, "aria-label": `Use the prompt and seed of: ${body.prompt}` },
+    make("img", { src: image.url, alt: "", loading: "lazy" }),
+  );
   button.addEventListener("click", () => {
     fields.prompt.value = body.prompt;
     fields.seed.value = body.seed;
@@ -268,7 +328,10 @@ function keep(image, body) {
     fields.guidance.value = body.guidance ?? 0;
     fields.negative.value = body.negative_prompt ?? "";
     [fields.width.value, fields.height.value] = [body.width, body.height];
-    const shape = [...fields.shape.options].find(({ value }) => { fields.shape.value = value; return `${size()}` === `${body.width},${body.height}`; });
+    const shape = [...fields.shape.options].find(({ value }) => {
+      fields.shape.value = value;
+      return `${size()}` === `${body.width},${body.height}`;
+    });
     fields.shape.value = shape?.value ?? "own";
     fields.shape.dispatchEvent(new Event("change"));
     announce("The form has its prompt and seed");
@@ -300,7 +363,11 @@ function command(body) {
   if (!image) return curl("/generate", { ...rest, response_format: "binary" }, file);
   // The picture is too long for an argument, so the body comes from a here-document, in which $ and ` mean something.
   const json = JSON.stringify({ ...rest, response_format: "binary", image: "@" }).replace(/[\\$`]/g, "\\$&");
-  return curl("/generate", {}, `${file} <<END\n${json.replace('"image":"@"', '"image":"$(base64 -w0 start.png)"')}\nEND`).replace("-d '{}'", "-d @-");
+  return curl(
+    "/generate",
+    {},
+    `${file} <<END\n${json.replace('"image":"@"', '"image":"$(base64 -w0 start.png)"')}\nEND`,
+  ).replace("-d '{}'", "-d @-");
 }
 
 showPrice("zimage", $("price"));

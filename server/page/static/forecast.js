@@ -1,6 +1,22 @@
 // The second page: numbers become a forecast, and the forecast a plot.
 
-import { $, Problem, announce, api, copy, cost, curl, duration, facts, make, reveal, save, showChip, showPrice, showProblem } from "./base.js";
+import {
+  $,
+  Problem,
+  announce,
+  api,
+  copy,
+  cost,
+  curl,
+  duration,
+  facts,
+  make,
+  reveal,
+  save,
+  showChip,
+  showPrice,
+  showProblem,
+} from "./base.js";
 import { continued, parse } from "./series.js";
 import { plot } from "./plot.js";
 
@@ -38,7 +54,10 @@ function read() {
 
 function count() {
   const column = chosen();
-  if (!column) { $("found").textContent = HINT; return; }
+  if (!column) {
+    $("found").textContent = HINT;
+    return;
+  }
   const missing = column.values.filter((value) => value === null).length;
   const dates = data.labels ? `, ${data.labels[0]} to ${data.labels[data.labels.length - 1]}` : "";
   $("found").textContent = `${column.values.length} values${missing ? `, ${missing} of them missing` : ""}${dates}.`;
@@ -47,7 +66,11 @@ function count() {
 const chosen = () => data.columns[fields.column.value || 0];
 
 let waiting;
-fields.values.addEventListener("input", () => { fromFile = false; clearTimeout(waiting); waiting = setTimeout(read, 200); });
+fields.values.addEventListener("input", () => {
+  fromFile = false;
+  clearTimeout(waiting);
+  waiting = setTimeout(read, 200);
+});
 fields.column.addEventListener("change", count);
 
 async function load(text, file) {
@@ -62,7 +85,13 @@ $("example").addEventListener("click", async () => {
 });
 async function upload(file) {
   if (file.size > SHOWN_BYTES) {
-    showProblem($("problem"), new Problem({ title: "This file is too large for the page", detail: "Up to 2 MB are read here. Send more to the API." }));
+    showProblem(
+      $("problem"),
+      new Problem({
+        title: "This file is too large for the page",
+        detail: "Up to 2 MB are read here. Send more to the API.",
+      }),
+    );
     return;
   }
   await load(await file.text(), true);
@@ -82,13 +111,20 @@ addEventListener("drop", (event) => {
 
 /** Throws a Problem that names the field. */
 function request() {
-  const refuse = (param, detail) => { throw new Problem({ title: "This cannot be forecast", detail, error: { param } }); };
+  const refuse = (param, detail) => {
+    throw new Problem({ title: "This cannot be forecast", detail, error: { param } });
+  };
   clearTimeout(waiting);
   read();
   const column = chosen();
-  if (!column) refuse("values", $("found").textContent === HINT ? "Write or load some numbers first." : $("found").textContent);
-  const levels = fields.levels.value.split(/[\s,;]+/).filter(Boolean).map(Number);
-  if (!levels.length || levels.some((level) => !(level > 0 && level < 1))) refuse("levels", "Quantiles are over 0 and under 1, such as 0.1, 0.5, 0.9.");
+  if (!column)
+    refuse("values", $("found").textContent === HINT ? "Write or load some numbers first." : $("found").textContent);
+  const levels = fields.levels.value
+    .split(/[\s,;]+/)
+    .filter(Boolean)
+    .map(Number);
+  if (!levels.length || levels.some((level) => !(level > 0 && level < 1)))
+    refuse("levels", "Quantiles are over 0 and under 1, such as 0.1, 0.5, 0.9.");
   const body = {
     values: column.values,
     prediction_length: Number(fields.horizon.value),
@@ -116,7 +152,10 @@ form.addEventListener("submit", async (event) => {
     const all = [...labels, ...continued(data.labels, body.prediction_length)];
     const monthly = all.every((label) => /^\d{4}-\d\d-01$/.test(label)); // then the day says nothing
     last = {
-      body, result: done.result, history: column.values, name: column.name,
+      body,
+      result: done.result,
+      history: column.values,
+      name: column.name,
       labels: monthly ? all.map((label) => label.slice(0, 7)) : all,
     };
     show(done);
@@ -146,7 +185,9 @@ function show(done) {
   $("far").hidden = history.length <= RECENT;
   draw();
   facts($("facts"), {
-    Trend: result.trend, Time: duration(done.timings_ms?.run ?? done.timings_ms?.total), Cost: cost(done.cost),
+    Trend: result.trend,
+    Time: duration(done.timings_ms?.run ?? done.timings_ms?.total),
+    Cost: cost(done.cost),
   });
   table();
 }
@@ -168,18 +209,43 @@ function rows() {
   const levels = Object.keys(result.quantiles).sort((a, b) => a - b);
   return [
     ["step", "mean", ...levels],
-    result.mean.map((mean, i) => [labels[history.length + i], mean, ...levels.map((level) => result.quantiles[level][i])]),
+    result.mean.map((mean, i) => [
+      labels[history.length + i],
+      mean,
+      ...levels.map((level) => result.quantiles[level][i]),
+    ]),
   ];
 }
 
 function table() {
   const [head, body] = rows();
-  const digits = (value) => typeof value === "number" ? Number(value.toPrecision(6)).toLocaleString("en", { maximumSignificantDigits: 6 }) : value;
+  const digits = (value) =>
+    typeof value === "number"
+      ? Number(value.toPrecision(6)).toLocaleString("en", { maximumSignificantDigits: 6 })
+      : value;
   $("table").replaceChildren(
     make("caption", { className: "hidden", textContent: `Forecast of ${last.name}` }),
-    make("thead", {}, make("tr", {}, ...head.map((text, i) => make("th", { scope: "col", className: i ? "number" : "", textContent: text })))),
-    make("tbody", {}, ...body.map(([step, ...values]) => make("tr", {}, make("th", { scope: "row", textContent: step }),
-      ...values.map((value) => make("td", { className: "number", textContent: digits(value) }))))),
+    make(
+      "thead",
+      {},
+      make(
+        "tr",
+        {},
+        ...head.map((text, i) => make("th", { scope: "col", className: i ? "number" : "", textContent: text })),
+      ),
+    ),
+    make(
+      "tbody",
+      {},
+      ...body.map(([step, ...values]) =>
+        make(
+          "tr",
+          {},
+          make("th", { scope: "row", textContent: step }),
+          ...values.map((value) => make("td", { className: "number", textContent: digits(value) })),
+        ),
+      ),
+    ),
   );
 }
 

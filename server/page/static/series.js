@@ -4,7 +4,10 @@ const MISSING = new Set(["", "nan", "na", "n/a", "null", "none", "nil", "-", "."
 
 /** A number, null for a missing one, undefined for what is neither. */
 export function number(text, decimalComma = false) {
-  let cleaned = text.trim().replace(/^["']|["']$/g, "").replace(/^[$€£]\s*/, "");
+  let cleaned = text
+    .trim()
+    .replace(/^["']|["']$/g, "")
+    .replace(/^[$€£]\s*/, "");
   if (MISSING.has(cleaned.toLowerCase())) return null;
   if (decimalComma) cleaned = cleaned.replace(/\.(?=\d{3})/g, "").replace(",", ".");
   return /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i.test(cleaned) ? Number(cleaned) : undefined;
@@ -14,13 +17,18 @@ export function number(text, decimalComma = false) {
 export function split(line, delimiter) {
   if (!line.includes('"')) return line.split(delimiter).map((field) => field.trim());
   const fields = [];
-  let field = "", quoted = false;
+  let field = "",
+    quoted = false;
   for (let i = 0; i < line.length; i++) {
     const c = line[i];
-    if (quoted && c === '"' && line[i + 1] === '"') { field += c; i++; }
-    else if (c === '"') quoted = !quoted;
-    else if (c === delimiter && !quoted) { fields.push(field.trim()); field = ""; }
-    else field += c;
+    if (quoted && c === '"' && line[i + 1] === '"') {
+      field += c;
+      i++;
+    } else if (c === '"') quoted = !quoted;
+    else if (c === delimiter && !quoted) {
+      fields.push(field.trim());
+      field = "";
+    } else field += c;
   }
   fields.push(field.trim());
   return fields;
@@ -32,13 +40,22 @@ export function split(line, delimiter) {
  * one series, whatever separates its numbers. Throws an Error that says which word is no number.
  */
 export function parse(text, { file = false } = {}) {
-  const lines = text.replace(/^\ufeff/, "").split(/\r\n?|\n/).filter((line) => line.trim() && !line.trim().startsWith("#"));
+  const lines = text
+    .replace(/^\ufeff/, "")
+    .split(/\r\n?|\n/)
+    .filter((line) => line.trim() && !line.trim().startsWith("#"));
   const table = asTable(lines, file);
   if (table) return table;
   const flat = lines.join("\n").replace(/[[\](){}]/g, " ");
   const comma = /;/.test(flat) && /\d,\d/.test(flat) && !/\d\.\d/.test(flat);
   // "1,,3" has a missing value between, "1, 3" has none.
-  let words = flat.includes(",") && !comma ? flat.trim().replace(/\s*[;,]\s*/g, ",").split(/[,\s|]/) : flat.trim().split(/\s*;\s*|[\s|]+/);
+  let words =
+    flat.includes(",") && !comma
+      ? flat
+          .trim()
+          .replace(/\s*[;,]\s*/g, ",")
+          .split(/[,\s|]/)
+      : flat.trim().split(/\s*;\s*|[\s|]+/);
   words = words.filter((word, i) => word !== "" || (i > 0 && i < words.length - 1));
   let name = "value";
   if (words.length > 1 && number(words[0], comma) === undefined && lines.length > 1) name = words.shift();

@@ -3,7 +3,9 @@
 
 import { Problem, api } from "./base.js";
 
-const CONNECT = "standard:connect", SIGN_IN = "solana:signIn", SIGN_MESSAGE = "solana:signMessage";
+const CONNECT = "standard:connect",
+  SIGN_IN = "solana:signIn",
+  SIGN_MESSAGE = "solana:signMessage";
 const ICON = /^data:image\/(svg\+xml|webp|png|gif|jpeg);base64,[A-Za-z0-9+/=]+$/; // what the standard allows
 
 /** Calls `changed` with the wallets that are there, and again when one comes or goes. */
@@ -18,7 +20,10 @@ export function watchWallets(changed) {
     register(...wallets) {
       for (const wallet of wallets) standard.add(wallet);
       tell();
-      return () => { for (const wallet of wallets) standard.delete(wallet); tell(); };
+      return () => {
+        for (const wallet of wallets) standard.delete(wallet);
+        tell();
+      };
     },
   });
   // Whoever comes second calls: wallets that are there already answer app-ready, later ones send register-wallet.
@@ -30,7 +35,11 @@ export function watchWallets(changed) {
 
 function fits(wallet) {
   const { chains = [], features = {} } = wallet;
-  return chains.some((chain) => chain.startsWith("solana:")) && CONNECT in features && (SIGN_IN in features || SIGN_MESSAGE in features);
+  return (
+    chains.some((chain) => chain.startsWith("solana:")) &&
+    CONNECT in features &&
+    (SIGN_IN in features || SIGN_MESSAGE in features)
+  );
 }
 
 /** {name, icon, connect() -> {address, sign(challenge) -> base64 of the signature}} */
@@ -49,7 +58,8 @@ function fromStandard(wallet) {
           if (SIGN_IN in wallet.features) {
             const [output] = await wallet.features[SIGN_IN].signIn(input);
             // A wallet that writes the text in a way of its own has signed what the server does not expect.
-            if (same(output.signedMessage, message) || !(SIGN_MESSAGE in wallet.features)) return base64(output.signature);
+            if (same(output.signedMessage, message) || !(SIGN_MESSAGE in wallet.features))
+              return base64(output.signature);
           }
           const [output] = await wallet.features[SIGN_MESSAGE].signMessage({ account, message });
           return base64(output.signature);
@@ -65,7 +75,9 @@ function older() {
     if (typeof provider?.connect !== "function" || typeof provider.signMessage !== "function") return;
     if (found.some((other) => other.provider === provider)) return;
     found.push({
-      name, icon: null, provider,
+      name,
+      icon: null,
+      provider,
       async connect() {
         const key = (await provider.connect())?.publicKey ?? provider.publicKey;
         return {

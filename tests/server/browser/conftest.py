@@ -28,8 +28,14 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
 
 WAIT_S = 30  # for what takes a moment: two busy cores draw slowly
+SCRIPTS = pathlib.Path(__file__).parent / "scripts"
 DESKTOP = (1280, 860)
 PHONE = (390, 844)
+
+
+def script(name: str) -> str:
+    """What is run within a page."""
+    return (SCRIPTS / f"{name}.js").read_text()
 
 
 def serve(*options: str, log: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
@@ -245,4 +251,3 @@ def draw_page(browser: Browser, free: str) -> Browser:
 def forecast_page(browser: Browser, free: str) -> Browser:
     browser.visit(free + "/forecast")
     return browser
-

@@ -11,22 +11,12 @@ from typing import Any
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from diffusionz import Image, ZImage
+from tests.server.browser.conftest import Browser, script
 
-from tests.server.browser.conftest import Browser
 
-# Notes down what a visitor would see come by.
-WATCH = """
-window.seen = {pictures: [], status: [], steps: []};
-new MutationObserver(() => {
-  const picture = document.querySelector("#frame img");
-  if (picture && seen.pictures.at(-1) !== picture.src) seen.pictures.push(picture.src);
-  const status = document.querySelector("#status").textContent;
-  if (status && seen.status.at(-1) !== status) seen.status.push(status);
-  const bar = document.querySelector("#bar");
-  if (bar.hasAttribute("value") && seen.steps.at(-1) !== bar.value) seen.steps.push(bar.value);
-}).observe(document.body, {subtree: true, childList: true, attributes: true, characterData: true});
-"""
+def size(width: int, height: int) -> str:
+    """As the page writes it."""
+    return f"{width} \N{MULTIPLICATION SIGN} {height}"
 
 
 def draw(page: Browser, prompt: str, **fields: str) -> None:
@@ -34,7 +24,7 @@ def draw(page: Browser, prompt: str, **fields: str) -> None:
     page.fill("#prompt", prompt)
     for name, value in fields.items():
         page.fill(f"#{name}", value)
-    page.js(WATCH)
+    page.js(script("watch"))
     page.click("#go")
 
 
@@ -43,16 +33,16 @@ def done(page: Browser) -> None:
 
 
 def facts(page: Browser) -> dict[str, str]:
-    return dict(
-        zip(
-            [element.text for element in page.all("#facts dt")], [element.text for element in page.all("#facts dd")],
-            strict=True,
-        )
-    )  # fmt: skip
+    pairs = page.js(
+        "return [...document.querySelectorAll('#facts div')].map((e) => [...e.children].map((c) => c.textContent))"
+    )
+    return {name: value for name, value in pairs}
 
 
 def fetch(page: Browser, selector: str) -> bytes:
-    address = page.js("return document.querySelector(arguments[0]).href ?? document.querySelector(arguments[0]).src", selector)
+    address = page.js(
+        "return document.querySelector(arguments[0]).href ?? document.querySelector(arguments[0]).src", selector
+    )
     with urllib.request.urlopen(address, timeout=60) as answer:
         return bytes(answer.read())
 
@@ -78,7 +68,7 @@ def test_previews_arrive_and_then_the_picture(draw_page: Browser, free: str) -> 
     assert [source[:5] for source in seen["pictures"]] == ["data:"] * 4 + ["http:"]
     assert seen["steps"] == sorted(seen["steps"]) and len(seen["steps"]) >= 4, "the bar never goes back"
     assert "Step 4 of 8" in seen["status"]
-    assert facts(draw_page)["Seed"] == "7" and facts(draw_page)["Size"] == "256 × 256"
+    assert facts(draw_page)["Seed"] == "7" and facts(draw_page)["Size"] == size(256, 256)
     assert facts(draw_page)["Time"].endswith("s") and "Cost" not in facts(draw_page)
     picture = draw_page["#frame img"]
     assert picture.get_attribute("alt") == "a white star left of a cyan ring"
@@ -101,7 +91,8 @@ def test_previews_are_pictures_of_their_step(draw_page: Browser) -> None:
     draw_page.shot("draw-busy")
     done(draw_page)
     sizes = draw_page.driver.execute_async_script(
-        "const done = arguments[0]; Promise.all(seen.pictures.map((src) => { const image = new Image(); image.src = src;"
+        "const done = arguments[0];"
+        "Promise.all(seen.pictures.map((src) => { const image = new Image(); image.src = src;"
         "return image.decode().then(() => image.naturalWidth); })).then(done, (error) => done(String(error)))"
     )
     assert len(sizes) >= 4 and sizes[-1] == 256 and min(sizes) >= 64
@@ -125,7 +116,7 @@ def test_again_with_another_seed_and_back_to_the_first(draw_page: Browser) -> No
 
 
 def test_the_curl_line_draws_the_same_picture(draw_page: Browser, tmp_path: pathlib.Path) -> None:
-    draw(draw_page, "it's a \"red\" circle $HOME `id` \\ on blue", seed="3", steps="4")
+    draw(draw_page, 'it\'s a "red" circle $HOME `id` \\ on blue', seed="3", steps="4")
     done(draw_page)
     draw_page.click("#curl")
     draw_page.wait(lambda: draw_page.text("#curl") == "Copied")
@@ -145,7 +136,9 @@ def test_a_job_is_cancelled(draw_page: Browser, free: str) -> None:
 
 
 def test_a_refusal_names_its_field(draw_page: Browser) -> None:
-    draw_page.js("document.querySelector('#shape').value = 'own'; document.querySelector('#shape').dispatchEvent(new Event('change'))")
+    draw_page.js(
+        "const shape = document.querySelector('#shape'); shape.value = 'own'; shape.dispatchEvent(new Event('change'))"
+    )
     draw(draw_page, "a red circle", width="4096", height="4096")
     message = draw_page.wait(lambda: draw_page["#problem"].text, "the problem")
     assert "The request is not valid" in message and "pixels in all" in message
@@ -156,7 +149,7 @@ def test_a_refusal_names_its_field(draw_page: Browser) -> None:
     draw_page.fill("#height", "96")
     draw_page.click("#go")
     done(draw_page)
-    assert facts(draw_page)["Size"] == "64 × 96"
+    assert facts(draw_page)["Size"] == size(64, 96)
     assert draw_page["#problem"].text == "" and draw_page["#width"].get_attribute("aria-invalid") is None
     assert any("400" in error for error in draw_page.errors())  # Chromium notes each refusal
 
@@ -191,12 +184,12 @@ def test_a_prompt_is_text_whatever_it_says(draw_page: Browser) -> None:
     assert draw_page.all("main script, img[src=x]") == []
 
 
-@pytest.mark.parametrize("shape, size", [("4:3", "288 × 224"), ("3:4", "224 × 288"), ("16:9", "336 × 192")])
-def test_shapes_have_the_models_area(draw_page: Browser, shape: str, size: str) -> None:
+@pytest.mark.parametrize("shape, pixels", [("4:3", size(288, 224)), ("3:4", size(224, 288)), ("16:9", size(336, 192))])
+def test_shapes_have_the_models_area(draw_page: Browser, shape: str, pixels: str) -> None:
     draw_page.js("document.querySelector('#shape').value = arguments[0]", shape)
     draw(draw_page, "a green diamond", steps="1")
     done(draw_page)
-    assert facts(draw_page)["Size"] == size
+    assert facts(draw_page)["Size"] == pixels
 
 
 def test_several_pictures_at_once(draw_page: Browser) -> None:
@@ -209,12 +202,11 @@ def test_several_pictures_at_once(draw_page: Browser) -> None:
 
 
 @pytest.fixture(scope="module")
-def photograph(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def photograph(free: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A PNG that is not of the picture's shape."""
     path = tmp_path_factory.mktemp("start") / "start.png"
-    with ZImage("demo", device="cpu") as model:
-        image: Image = model.generate("a red circle on a blue background", width=320, height=256, steps=8, seed=1)
-    image.save(path)
+    fields = {"prompt": "a red circle on a blue background", "width": 320, "height": 256, "seed": 1, "format": "png"}
+    path.write_bytes(call(free + "/generate", fields))
     return path
 
 
@@ -226,11 +218,12 @@ def test_it_starts_from_a_picture_that_is_chosen(draw_page: Browser, photograph:
     assert draw_page.text("#strength-shown") == "0.25"
     draw(draw_page, "a red circle on a blue background", seed="2")
     done(draw_page)
-    assert facts(draw_page)["Size"] == "256 × 256", "cropped to the shape"
+    assert facts(draw_page)["Size"] == size(256, 256), "cropped to the shape"
     # So little strength leaves the picture as it was: red in the middle of blue.
     red, blue = draw_page.js(
         "const image = document.querySelector('#frame img'), canvas = document.createElement('canvas');"
-        "canvas.width = canvas.height = 256; const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);"
+        "canvas.width = canvas.height = 256; const context = canvas.getContext('2d', {willReadFrequently: true});"
+        "context.drawImage(image, 0, 0);"
         "return [[128, 128], [8, 8]].map(([x, y]) => [...context.getImageData(x, y, 1, 1).data])"
     )
     assert red[0] > 150 > red[2] and blue[2] > 150 > blue[0], (red, blue)

@@ -43,14 +43,22 @@ def test_the_example_is_forecast(forecast_page: Browser, free: str) -> None:
         "values": [float(line.split(",")[1]) for line in values.split()[1:]],
         "prediction_length": 24, "quantile_levels": [0.1, 0.25, 0.5, 0.75, 0.9],
     }  # fmt: skip
-    request = urllib.request.Request(free + "/forecast", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        free + "/forecast", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         expected: dict[str, Any] = json.load(answer)
     forecast_page.click("#result summary")
-    rows = [[cell.text for cell in row.find_elements("css selector", "th, td")] for row in forecast_page.all("#table tbody tr")]
+    rows = [
+        [cell.text for cell in row.find_elements("css selector", "th, td")]
+        for row in forecast_page.all("#table tbody tr")
+    ]
     assert [rows[0][0], rows[-1][0]] == AIRLINE_24 and len(rows) == 24
     for i, row in enumerate(rows):
-        wanted = [expected["mean"][i], *(expected["quantiles"][level][i] for level in ("0.1", "0.25", "0.5", "0.75", "0.9"))]
+        wanted = [
+            expected["mean"][i],
+            *(expected["quantiles"][level][i] for level in ("0.1", "0.25", "0.5", "0.75", "0.9")),
+        ]
         assert [float(cell.replace(",", "")) for cell in row[1:]] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -59,7 +67,10 @@ def test_the_crosshair_by_keyboard_and_by_pointer(forecast_page: Browser) -> Non
     forecast_page.wait(lambda: "144" in forecast_page.text("#found"))
     forecast(forecast_page)
     slider = forecast_page[".crosshair"]
-    assert slider.get_attribute("role") == "slider" and slider.get_attribute("aria-label") == "passengers: history and forecast, step by step"
+    assert (
+        slider.get_attribute("role") == "slider"
+        and slider.get_attribute("aria-label") == "passengers: history and forecast, step by step"
+    )
     assert at(forecast_page).startswith("1961-01: median ") and "10 % to 90 %" in at(forecast_page)
     forecast_page.js("arguments[0].focus()", slider)
     forecast_page.press(Keys.ARROW_LEFT)
@@ -130,8 +141,8 @@ STEPS = [
 def test_dates_go_on_as_they_went(forecast_page: Browser) -> None:
     went = forecast_page.driver.execute_async_script(
         "const [labels, done] = arguments; const page = document.querySelector('#forecast').dataset.example;"
-        "import(page.replace('airline.csv', 'series.js')).then(({continued}) => done(labels.map((some) => continued(some, 2))),"
-        "(error) => done(String(error)))",
+        "import(page.replace('airline.csv', 'series.js'))"
+        ".then(({continued}) => done(labels.map((some) => continued(some, 2))), (error) => done(String(error)))",
         [labels for labels, _ in STEPS],
     )
     assert went == [after for _, after in STEPS]
@@ -164,7 +175,12 @@ def test_a_file_and_its_columns(forecast_page: Browser, tmp_path: pathlib.Path) 
     assert at(forecast_page) == "2024-01-01: open 2"
     forecast_page.press(Keys.END)
     assert at(forecast_page).startswith("2024-02-04: median")
-    assert forecast_page.text("#facts dt") == "Trend" and forecast_page.text("#facts dd") in ("up", "down", "flat", "anomaly")
+    assert forecast_page.text("#facts dt") == "Trend" and forecast_page.text("#facts dd") in (
+        "up",
+        "down",
+        "flat",
+        "anomaly",
+    )
 
 
 def test_its_files_and_its_curl_line(forecast_page: Browser, tmp_path: pathlib.Path) -> None:
