@@ -47,7 +47,7 @@ async def submit(request: Request, order: Order, caller: Caller, body: bytes) ->
     """(the job of a request, the headers that its answer has to carry). Raises Problem."""
     key = request.headers.get("idempotency-key")
     if key is not None and not _KEY.fullmatch(key):
-        raise invalid("the Idempotency-Key must be 1 to 255 visible ASCII characters")
+        raise invalid("the Idempotency-Key must be 1 to 255 visible ASCII characters", param="Idempotency-Key")
     digest = hashlib.blake2b(request.scope["path"].encode() + b"\n" + body, digest_size=24).hexdigest()
     job, replayed = await state_of(request).jobs.submit(
         order, caller, request_hash=digest, request_id=request.scope["request_id"], idempotency_key=key
@@ -148,6 +148,6 @@ def picture(request: Request, job: Job, headers: dict[str, str]) -> Response | N
     if not job.result.files or "application/json" in wanted or "image/" not in wanted:
         return None
     file = job.result.files[0]
-    if file.content_type not in wanted and "image/*" not in wanted:
+    if file.content_type not in wanted and not ("image/*" in wanted and file.content_type.startswith("image/")):
         raise Problem("not-acceptable", f"the picture is {file.content_type}; ask for it, or say another format")
     return Response(file.content, headers=headers, media_type=file.content_type)
