@@ -415,7 +415,10 @@ def _entries(task: Task, means: Series, quantiles: Series) -> bytes:
     """[{"mean": [targets][steps], "quantiles": [levels][targets][steps]}, ...], one an entry."""
     ends = list(itertools.accumulate(task.targets, initial=0))
     value = [
-        {"mean": means[a:b], "quantiles": numpy.ascontiguousarray(quantiles[a:b].swapaxes(0, 1))}
+        {
+            "mean": numpy.ascontiguousarray(means[a:b]),
+            "quantiles": numpy.ascontiguousarray(quantiles[a:b].swapaxes(0, 1)),
+        }
         for a, b in itertools.pairwise(ends)
     ]
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -149,7 +149,7 @@ class Invocations:
             for one in inputs:
                 count = _targets(one)
                 rows += count + len(one.past_covariates or ())
-                values += sum(map(len, one.target)) if _nested(one) else len(one.target)  # type: ignore[arg-type]
+                values += sum(len(row) if isinstance(row, list) else 1 for row in one.target)
             self._forecasts.check_size(rows, values, request)
             items = [_item(one, f"inputs[{i}]", given.prediction_length) for i, one in enumerate(inputs)]
             _check_ids(inputs)
