@@ -1,7 +1,5 @@
 """The service of LitServe that the server is measured beside; its processes import it by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import litserve

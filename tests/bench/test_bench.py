@@ -29,6 +29,15 @@ def test_every_benchmark_runs_and_checks_parity_first(family, parities, claims):
     assert sum("p10 / p50 / p90" in line for line in lines) == claims
 
 
+def test_the_servers_benchmark_runs():
+    command = [sys.executable, "-m", "tests.bench.server", "all", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "parity: through HTTP" in done.stdout
+    # Two of ours, and a peer's where it is installed; one, one and two.
+    assert sum("p10 / p50 / p90" in line for line in done.stdout.splitlines()) >= 6
+
+
 def test_wrong_work_is_not_timed():
     import numpy
 
