@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JOBS_KEPT = 20_000  # ended ones, whatever their results' size
+STOP_S = 30  # for what was cancelled at the server's end: a step of the engine, and the ledger
 GRACE_S = 120  # a hold outlives its job's time by this, so that a job that ends in time can be charged
 
 
@@ -118,6 +119,7 @@ class Job:
         """Requests that wait for it, or watch it."""
         self.arrived = time.monotonic()
         self.task: asyncio.Task[None] | None = None
+        self.begun = False
         self.cancel_asked = False
         self.settling = False
         """It is being charged for: a cancel comes too late."""
@@ -189,7 +191,8 @@ class Job:
         if self.ended or self.settling or self.cancel_asked:
             return
         self.cancel_asked = True
-        if self.task is not None:
+        # A task that is cancelled before its first step never enters `_carry`, which has to end the job.
+        if self.task is not None and self.begun:
             self.task.cancel()
 
     # --- Showing it ---
@@ -247,6 +250,7 @@ class Jobs:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._keyed: dict[tuple[str, str], Job] = {}
         self._ended: OrderedDict[str, float] = OrderedDict()  # id -> when, oldest first
+        self._gone: OrderedDict[str, str] = OrderedDict()  # id -> account, of those that are no longer kept
         self._kept_bytes = 0
         self._by_account: Counter[str] = Counter()  # jobs that wait or run
         self._by_service: Counter[str] = Counter()
@@ -284,17 +288,19 @@ class Jobs:
         self._by_service[job.service] += 1
         try:
             if self.till is not None:
-                await self.till.hold(job, ttl_s=int(self.limits.job_s) + GRACE_S)
+                await self.till.hold(job, int(self.limits.job_s) + GRACE_S, self.limits.result_s)
         except BaseException as error:
-            job.problem, job.status = problem_of(error), "failed"
+            left = isinstance(error, asyncio.CancelledError)
+            job.problem = Problem("cancelled", "the request was cut off") if left else problem_of(error)
+            job.status = "failed"
             self._end(job)
             self._forget(job)  # it never was a job: its key may be used again
+            if left:
+                raise
             raise job.problem from None
         job.task = asyncio.create_task(self._carry(job))
         self._tasks.add(job.task)
         job.task.add_done_callback(self._tasks.discard)
-        if job.cancel_asked:
-            job.task.cancel()
         return job, False
 
     def _admit(self, service: str, account: str) -> None:
@@ -320,7 +326,10 @@ class Jobs:
     async def _carry(self, job: Job) -> None:
         """Takes a job to its end."""
         service = job.order.service
+        job.begun = True
         try:
+            if job.cancel_asked:  # while its price was held
+                raise asyncio.CancelledError
             async with asyncio.timeout(self.limits.job_s):
                 if service.lane is None:
                     raw = await self._run(job)
@@ -380,6 +389,8 @@ class Jobs:
         """The job of an id; of the caller's account, when one is given. Raises Problem."""
         self._expire()
         job = self._jobs.get(id)
+        if caller is not None and self._gone.get(id) == caller.account:
+            raise Problem("gone", "the job has ended, and what came of it was kept for its time")
         if job is None or (caller is not None and job.caller.account != caller.account):
             raise Problem("not-found", "there is no such job, or it is no longer kept")
         return job
@@ -395,6 +406,9 @@ class Jobs:
             id, at = next(iter(self._ended.items()))
             if now - at < limits.result_s and len(self._ended) <= JOBS_KEPT and self._kept_bytes <= limits.result_bytes:
                 return
+            self._gone[id] = self._jobs[id].caller.account
+            if len(self._gone) > JOBS_KEPT:
+                self._gone.popitem(last=False)
             self._forget(self._jobs[id])
 
     def _forget(self, job: Job) -> None:
@@ -406,10 +420,19 @@ class Jobs:
     async def drain(self, patience_s: float) -> None:
         """Takes no more jobs, and returns when all have ended; those that have not after `patience_s` are cancelled."""
         self.draining = True
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=patience_s)
-            if late:
-                logger.warning("%d jobs did not end in %g seconds and are cancelled", len(late), patience_s)
-                for job in self._jobs.values():
-                    job.cancel()
-                await asyncio.wait(late, timeout=30)
+        if not await self._idle(patience_s):
+            logger.warning("%d jobs did not end in %g seconds and are cancelled", self.active, patience_s)
+            self.cancel_all()
+            await self._idle(STOP_S)
+
+    def cancel_all(self) -> None:
+        for job in list(self._jobs.values()):
+            job.cancel()
+
+    async def _idle(self, patience_s: float) -> bool:
+        """Returns when no job waits or runs, or after this time; whether none does."""
+        deadline = time.monotonic() + patience_s
+        # Looked at now and then: a job whose price is being held has no task yet that could be waited for.
+        while self.active and (left := deadline - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.02))
+        return not self.active

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from types import FrameType
@@ -120,25 +121,37 @@ def _announce(settings: Settings, url: str) -> None:
 
 class _Server(uvicorn.Server):
     """Lets jobs end before it closes: at the first signal it takes no new ones and says so at /readyz, while whoever
-    waits goes on waiting; at the second it stops as it is."""
+    waits goes on waiting; at the second all are cancelled, and given back; at the third it is gone."""
 
     def __init__(self, config: uvicorn.Config, jobs: Any, drain_s: float) -> None:
         super().__init__(config)
         self._jobs = jobs
         self._drain_s = drain_s
         self._draining: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._signals = 0
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._jobs.draining or self._loop is None or not self.started:
-            super().handle_exit(sig, frame)
-        else:
-            # Not told to uvicorn, which would raise the signal again at its end, before all else is closed.
+        # Not told to uvicorn, which would raise the signal again at its end, before all else is closed.
+        self._signals += 1
+        if not self.started:
+            self.should_exit = True
+        elif self._signals == 1:
             self._loop.call_soon_threadsafe(self._drain)
+        elif self._signals == 2:
+            self._loop.call_soon_threadsafe(self._hurry)
+        else:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+
+    def _hurry(self) -> None:
+        logger.warning("told again to stop: %d jobs are cancelled", self._jobs.active)
+        self._jobs.cancel_all()
+        self.should_exit = True
 
     def _drain(self) -> None:
         async def drain() -> None:

@@ -7,6 +7,7 @@ the server was started anew in between.
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from diffusionz.payments.charges import Failure, Hold, call_id_of
@@ -26,14 +27,16 @@ class Till:
 
     def __init__(self, credits: Credits) -> None:
         self._credits = credits
+        self._opened_at = time.time()
 
-    async def hold(self, job: Job, ttl_s: int) -> None:
-        """Reserves the job's price. Raises Problem and PaymentsError: then nothing is held and nothing must run."""
+    async def hold(self, job: Job, ttl_s: int, kept_s: float) -> None:
+        """Reserves the job's price for ttl_s; kept_s: how long results are kept. Raises Problem and PaymentsError: then
+        nothing is held and nothing must run."""
         hold = await self._credits.hold(
             job.caller.key, job.caller.account, job.service, job.order.units, _call_id(job), job.request_hash, ttl_s
         )
         if not hold.created:
-            raise await self._lost(hold, job.caller.key)
+            raise await self._lost(hold, job.caller.key, hold.expires_at - ttl_s, kept_s)
         job.cost = _cost(hold, charged=False)
 
     async def charge(self, job: Job) -> None:
@@ -48,14 +51,18 @@ class Till:
         except Exception as error:
             logger.warning("job %s: its hold was not voided and will expire: %s", job.id, error)
 
-    async def _lost(self, hold: Hold, key: Key | None) -> Problem:
+    async def _lost(self, hold: Hold, key: Key | None, held_at: float, kept_s: float) -> Problem:
         """What to say of a call that is in the ledger, and whose job is not here: it was cut off by a restart, or its
-        result was kept for its time."""
-        state = hold.state
-        if state == "posted":
+        result was kept for its time (`held_at` is rounded up). Only the first is our fault: else asking again an hour later would give back the
+        price of what was delivered."""
+        state: str = hold.state
+        if state == "posted" and (held_at - 1 > self._opened_at or held_at + kept_s < time.time()):
+            state = "kept"
+        elif state == "posted":
             await self._credits.refund(hold.call_id, Failure.result_lost, key)
             state = "refunded"
         said = {
+            "kept": "its result was kept for its time, and is gone",
             "held": "it was cut off, and what is held for it will be given back",
             "refunded": "its result is no longer here, and its price was given back",
         }.get(state, "it ended without a charge")
