@@ -84,9 +84,14 @@ class Forecasts:
                 "values must be numbers, or rows of one length; rows of several lengths go as series",
                 param="values",
             )
-        covariates = {**(request.past_covariates or {}), **(request.future_covariates or {})}
-        self.check_size(len(rows) + len(covariates), len(rows[0]) * len(rows), request)
+        past, future = request.past_covariates or {}, request.future_covariates or {}
+        covariates = past.keys() | future.keys()
+        count = sum(map(len, itertools.chain(rows, past.values(), future.values())))
+        self.check_size(len(rows) + len(covariates), count, request)
         targets = numpy.stack([to_series(row, "values") for row in rows])
+        if request.returns:
+            for row in targets:
+                _check_prices(row, request.context_length, "values")
         entry: Any = targets if len(rows) > 1 else targets[0]
         if request.constrain_ohlc and len(rows) != 4:
             raise invalid(
@@ -103,6 +108,9 @@ class Forecasts:
         series = request.series
         self.check_size(len(series), sum(map(len, series)), request)
         arrays = [to_series(values, f"series[{i}]") for i, values in enumerate(series)]
+        if request.returns:
+            for i, array in enumerate(arrays):
+                _check_prices(array, request.context_length, f"series[{i}]")
         if not request.constrain_ohlc:
             return self._order(request, arrays, [1] * len(arrays), (), "many")
         if len(arrays) % 4:
@@ -284,12 +292,12 @@ class Batcher:
             fits = not batch or (
                 task.shared == batch[0].task.shared
                 and not (task.cross_learning or batch[0].task.cross_learning)
-                and rows + len(task.targets) <= self._rows
+                and rows + sum(task.targets) <= self._rows
                 and (work + task.work) * self._s_per_work <= self.TARGET_S
             )
             if fits:
                 batch.append(asked)
-                work, rows = work + task.work, rows + len(task.targets)
+                work, rows = work + task.work, rows + sum(task.targets)
             else:
                 rest.append(asked)
         self._pending = rest
@@ -380,7 +388,7 @@ def forecast(model: Any, tasks: list[Task], on_progress: Any = None) -> list[byt
     def shown(i: int, levels: list[float]) -> dict[str, Any]:
         about = {
             "mean": means[i],
-            "quantiles": {f"{level:g}": quantiles[i, place[level]] for level in levels},
+            "quantiles": {str(level): quantiles[i, place[level]] for level in levels},
             "prediction_length": horizon,
             "summary": sentences[i],
         }
@@ -439,6 +447,15 @@ def to_series(values: list[float | None], param: str) -> Series:
     if not len(array) or numpy.isnan(array).all():
         raise invalid(f"{param} has no values; one at least must be there", param=param)
     return array
+
+
+def _check_prices(array: Series, context_length: int | None, param: str) -> None:
+    """Raises Problem for what has no returns. As the engine does, but before anything is held."""
+    read = array if context_length is None else array[-context_length - 1 :]
+    if (read <= 0).any():
+        raise invalid(f"{param} has a price that is not over 0, which has no returns", param=param)
+    if len(read) < 2 or numpy.isnan(read[-1]):
+        raise invalid(f"{param} needs two prices at least, the last one among them, for returns", param=param)
 
 
 def _values(entry: Any) -> int:
