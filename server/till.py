@@ -53,8 +53,8 @@ class Till:
 
     async def _lost(self, hold: Hold, key: Key | None, held_at: float, kept_s: float) -> Problem:
         """What to say of a call that is in the ledger, and whose job is not here: it was cut off by a restart, or its
-        result was kept for its time (`held_at` is rounded up). Only the first is our fault: else asking again an hour later would give back the
-        price of what was delivered."""
+        result was kept for its time. Only the first is our fault: else asking again an hour later would give back the
+        price of what was delivered. held_at: rounded up to a second."""
         state: str = hold.state
         if state == "posted" and (held_at - 1 > self._opened_at or held_at + kept_s < time.time()):
             state = "kept"
