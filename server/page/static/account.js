@@ -31,7 +31,12 @@ const failed = (error) => {
 
 // --- Signed out ---
 
+let listed = "";
 watchWallets((wallets) => {
+  // Drawn anew only when another comes or goes: who is on a button with the keyboard is to stay there.
+  const names = wallets.map((wallet) => `${wallet.name} ${"provider" in wallet}`).join("\n");
+  if (names && names === listed) return;
+  listed = names;
   $("wallets").replaceChildren(
     ...wallets.map((wallet) => {
       const button = make("button", { type: "button" });

@@ -9,7 +9,8 @@ import urllib.parse
 
 import pytest
 
-from diffusionz.server.page import CSP
+from diffusionz.server.limits import Limits
+from diffusionz.server.page import CSP, Context, Pages
 from diffusionz.server.problems import KINDS
 
 PAGES = ["/", "/forecast", "/account", "/docs", "/problems/conflict"]
@@ -82,6 +83,15 @@ def test_a_host_that_is_none_is_in_no_sample(free: str, host: str) -> None:
 def test_a_page_says_the_hosts_name_that_it_was_asked_by(free: str) -> None:
     assert "http://example.org/generate" in get(free, "/docs", host="example.org")[2].decode()
     assert "http://[::1]:8100/generate" in get(free, "/docs", host="[::1]:8100")[2].decode()
+
+
+def test_models_are_a_choice_when_there_are_several() -> None:
+    models = [{"name": name, "family": "zimage", "width": 512, "height": 512} for name in ("first", "<b>second</b>")]
+    page = Pages(Context("1.0", Limits(steps=7), models=models)).draw.content.decode()
+    assert "<option>first</option><option>&lt;b&gt;second&lt;/b&gt;</option>" in page
+    assert 'data-width="512"' in page and 'max="7"' in page
+    assert '<select id="model"' not in Pages(Context("1.0", Limits(), models=models[:1])).draw.content.decode()
+    assert Pages(Context("1.0", Limits())).draw.content, "nor does it need a model to show itself"
 
 
 def test_pages_are_read_only(free: str) -> None:
