@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from starlette.routing import Route
 import diffusionz
 from diffusionz.server import a1111, accounts, api, openai, sagemaker
 from diffusionz.server.calls import state_of
+from diffusionz.server.models import FAMILIES
 from diffusionz.server.page import Content
 from diffusionz.server.problems import KINDS, Problem
 from diffusionz.server.schemas import ForecastBatchRequest, ForecastRequest, ImageRequest
@@ -201,7 +203,13 @@ class Health(Struct):
 
 _MEDIA_FILES = ("image/webp", "image/png")
 _SPENDING = (400, 401, 402, 403, 404, 406, 409, 413, 415, 422, 429, 502, 503, 504)
-_STREAM = {"text/event-stream": {"type": "string"}}
+_STREAM = {
+    "text/event-stream": {
+        "type": "object",
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+        "description": "An event; its data is JSON.",
+    }
+}
 _FILE = {media: {"type": "string", "format": "binary"} for media in _MEDIA_FILES}
 _ANY: dict[str, Any] = {}
 
@@ -540,6 +548,25 @@ _SECURITY: dict[str, list[dict[str, list[str]]]] = {
 }
 
 
+# What the server's limits say of a field, wherever it is asked for.
+_BOUNDS = {
+    "prompt": ("maxLength", "prompt_characters"),
+    "negative_prompt": ("maxLength", "prompt_characters"),
+    "width": ("maximum", "side_pixels"),
+    "height": ("maximum", "side_pixels"),
+    "steps": ("maximum", "steps"),
+    "num_inference_steps": ("maximum", "steps"),
+    "n": ("maximum", "pictures"),
+    "batch_size of Txt2Img": ("maximum", "pictures"),
+    "batch_size of Img2Img": ("maximum", "pictures"),
+    "n_iter": ("maximum", "pictures"),
+    "series": ("maxItems", "rows"),
+    "inputs": ("maxItems", "rows"),
+    "prediction_length": ("maximum", "horizon"),
+    "quantile_levels": ("maxItems", "levels"),
+}
+
+
 def documented(app: Starlette) -> Iterator[tuple[str, str]]:
     """(method, path) of every route that is for programs."""
     for route in app.routes:
@@ -673,6 +700,14 @@ class _Types:
         self._refs, self._components = msgspec.json.schema_components(
             self._types, ref_template="#/components/schemas/{name}"
         )
+        # Services elsewhere have limits of their own.
+        elsewhere = {service.schema.__name__ for service in state.services.values() if service.name not in FAMILIES}
+        for title, schema in self._components.items():
+            for name, about in schema.get("properties", {}).items() if title not in elsewhere else ():
+                word, limit = _BOUNDS.get(name) or _BOUNDS.get(f"{name} of {title}") or ("", "")
+                if limit:
+                    field = about["anyOf"][0] if "anyOf" in about else about
+                    field[word] = min(getattr(state.limits, limit), field.get(word, math.inf))
 
     def ref(self, kind: Any) -> dict[str, Any]:
         return self._refs[self._types.index(kind)]
@@ -767,7 +802,7 @@ def _curl(origin: str, method: str, path: str, operation: Operation, key: str) -
         return line + "".join(f" -F '{name}={value}'" for name, value in operation.example.items())
     if operation.example is not None:
         method = "" if method == "POST" else f" -X {method}"
-        file = " -o out.webp" if path == "/generate" else ""
+        file = " -H 'Accept: image/webp' -o out.webp" if path == "/generate" else ""
         return f"{line}{method} --json '{orjson.dumps(operation.example).decode()}'{file}"
     return line if method == "GET" else f"{line} -X {method}"
 

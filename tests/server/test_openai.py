@@ -18,9 +18,16 @@ import openai
 import PIL.Image
 import pytest
 
+from diffusionz import ZImage
 from tests.server.conftest import Customer, Running
 
 RED = "a red circle on a blue background"
+
+
+@pytest.fixture(scope="module")
+def zimage() -> Iterator[ZImage]:
+    with ZImage("demo", device="cpu") as model:
+        yield model
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +49,7 @@ def refusal(work: Callable[[], Any]) -> openai.APIStatusError:
     return caught.value
 
 
-def test_a_picture_is_the_engines(client: openai.OpenAI) -> None:
-    from diffusionz import ZImage
-
+def test_a_picture_is_the_engines(client: openai.OpenAI, zimage: ZImage) -> None:
     made = client.images.generate(
         prompt=RED, model="zimage-demo", size="256x256", extra_body={"seed": 7, "num_inference_steps": 4}
     )
@@ -52,8 +57,7 @@ def test_a_picture_is_the_engines(client: openai.OpenAI) -> None:
     assert made.created and made.output_format == "png" and made.size == "256x256" and made.background == "opaque"
     assert made.usage is not None and made.usage.total_tokens == 0
     assert made.data[0].url is None and made.data[0].seed == 7  # type: ignore[attr-defined]
-    with ZImage("demo", device="cpu") as model:
-        assert base64.b64decode(made.data[0].b64_json or "") == model.generate(RED, seed=7, steps=4).png
+    assert base64.b64decode(made.data[0].b64_json or "") == zimage.generate(RED, seed=7, steps=4).png
 
 
 def test_several_as_webp_by_absolute_urls(client: openai.OpenAI, free_server: Running) -> None:
@@ -125,15 +129,12 @@ def file_of(picture: PIL.Image.Image, format: str = "PNG") -> bytes:
 GREY = PIL.Image.linear_gradient("L").convert("RGB")
 
 
-def test_an_edit_is_the_engines(client: openai.OpenAI) -> None:
-    from diffusionz import ZImage
-
+def test_an_edit_is_the_engines(client: openai.OpenAI, zimage: ZImage) -> None:
     made = client.images.edit(
         image=("grey.png", file_of(GREY)), prompt=RED, extra_body={"seed": 5, "strength": 0.5, "num_inference_steps": 4}
     )
     assert made.data
-    with ZImage("demo", device="cpu") as model:
-        image = model.generate(RED, seed=5, steps=4, init_image=numpy.asarray(GREY), strength=0.5)
+    image = zimage.generate(RED, seed=5, steps=4, init_image=numpy.asarray(GREY), strength=0.5)
     assert base64.b64decode(made.data[0].b64_json or "") == image.png
 
 
