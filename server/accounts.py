@@ -240,10 +240,13 @@ async def faucet(request: Request) -> Response:
     if state.ledger is None or state.ledger.faucet is None:
         raise Problem("not-found", "there is a faucet on dev chains alone")
     asked = decode(await json_body(request), Faucet)
-    sent = await state.ledger.faucet(
-        asked.address, tokens=_amount("tokens", asked.tokens), sol=_amount("sol", asked.sol)
-    )
-    return json_response(sent)
+    from diffusionz.payments.errors import AddressError
+
+    tokens, sol = _amount("tokens", asked.tokens), _amount("sol", asked.sol)
+    try:
+        return json_response(await state.ledger.faucet(asked.address, tokens=tokens, sol=sol))
+    except AddressError as error:  # elsewhere it means that the shop has none left
+        raise invalid(str(error), param="address") from None
 
 
 def _amount(name: str, value: str | float | None) -> Decimal | None:
