@@ -59,8 +59,10 @@ class Pictures:
         side = self._models.find(request.model, self.name).side_pixels
         if request.keep_alive is not None:
             parse_keep_alive(request.keep_alive)
-        _most("prompt", len(request.prompt), limits.prompt_characters, "characters")
-        _most("negative_prompt", len(request.negative_prompt or ""), limits.prompt_characters, "characters")
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+            _most(name, len(text), limits.prompt_characters, "characters")
+            if "\0" in text:  # the engine would say so too, after the price was held
+                raise invalid(f"{name} holds a NUL character", param=name)
         _most("steps", request.steps, limits.steps, "steps")
         _most("n", request.n, limits.pictures, "pictures")
         if request.response_format == "binary" and request.n > 1:

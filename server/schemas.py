@@ -91,7 +91,7 @@ class ForecastRequest(Request):
     quantile_levels: Levels = field(default_factory=lambda: [0.1, 0.5, 0.9])
     past_covariates: dict[str, list[Number]] | None = None
     future_covariates: dict[str, list[Number]] | None = None
-    context_length: Annotated[int, Meta(ge=1, description="Steps of history to read.")] | None = None
+    context_length: Annotated[int, Meta(ge=1, le=2**53 - 1, description="Steps of history to read.")] | None = None
     monotone: Annotated[bool, Meta(description="Sort each step's quantiles, so that they never cross.")] = False
     constrain_ohlc: Annotated[
         bool, Meta(description="The four targets are open, high, low, close: high is the highest.")
@@ -109,7 +109,7 @@ class ForecastBatchRequest(Request):
     series: Annotated[list[list[Number]], Meta(min_length=1, description="[series][time]; lengths may differ.")]
     prediction_length: Annotated[int, Meta(ge=1, description="Steps to forecast.")] = 16
     quantile_levels: Levels = field(default_factory=lambda: [0.1, 0.5, 0.9])
-    context_length: Annotated[int, Meta(ge=1)] | None = None
+    context_length: Annotated[int, Meta(ge=1, le=2**53 - 1)] | None = None
     monotone: bool = False
     constrain_ohlc: bool = False
     returns: bool = False

@@ -111,7 +111,7 @@ class State:
         if name is None:
             raise invalid(f"service is missing; there are: {known}", param="service")
         if name not in self.services:
-            raise Problem("not-found", f"there is no service {name!r}; there are: {known}", param="service")
+            raise Problem("not-found", f"there is no service {name[:64]!r}; there are: {known}", param="service")
         return self.services[name]
 
     def check_operator(self, request: Request, *, loopback: bool = False) -> None:
