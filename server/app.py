@@ -100,7 +100,8 @@ def _page(state: State) -> page.Context:
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    return problem_of(error).response(request.scope.get("request_id"))
+    request_id = request.scope.get("request_id")
+    return problem_of(error, request_id).response(request_id)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -349,8 +349,13 @@ class Jobs:
             job.problem = Problem("timeout", f"the job was not done within {self.limits.job_s:g} seconds")
             job.status = "failed"
         except Exception as error:
-            job.problem = problem_of(error)
+            job.problem = problem_of(error, job.request_id)
             job.status = "failed"
+        if job.problem is not None and job.problem.status >= 500:
+            about = {"request_id": job.request_id, "job": job.id, "service": job.service}
+            if not job.problem.kind.startswith("provider"):  # who may quote what was asked for
+                about["detail"] = job.problem.detail
+            logger.warning("a job failed: %s", job.problem.kind, extra={"fields": about})
         if job.problem is not None and self.till is not None:
             # Before its end is told: who sees it cancelled sees its credit, too.
             await self.till.void(job, job.problem.kind)

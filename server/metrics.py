@@ -61,6 +61,9 @@ class Metrics:
         self.request_seconds.observe(seconds)
 
     def ended(self, job: Job) -> None:
+        if job.task is None and job.problem is not None:  # its price could not be held: it never was a job
+            _child(self.refused, job.service, job.problem.kind).inc()
+            return
         _child(self.jobs, job.service, job.status).inc()
         for stage, milliseconds in job.timings_ms.items():
             _child(self.stage_seconds, job.service, stage).observe(milliseconds / 1e3)

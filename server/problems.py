@@ -126,7 +126,7 @@ def invalid(detail: str, param: str | None = None) -> Problem:
     return Problem("invalid-request", detail, param=param)
 
 
-def problem_of(error: BaseException) -> Problem:
+def problem_of(error: BaseException, request_id: str | None = None) -> Problem:
     """The problem that an exception is to the user. What nobody expected is logged with its traceback."""
     if isinstance(error, Problem):
         return error
@@ -136,7 +136,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(kind, str(error), retry_after_s=retry)
     if payment := _payment_problem(error):
         return payment
-    logger.error("unexpected %s", type(error).__name__, exc_info=error)
+    about = {"request_id": request_id} if request_id else {}
+    logger.error("unexpected %s", type(error).__name__, exc_info=error, extra={"fields": about})
     return Problem("internal", "something went wrong that should not; nothing was charged")
 
 
