@@ -76,7 +76,7 @@ Activation Linear::readable(const Activation& x) const {
 
 at::Tensor Linear::own_product(const Activation& x, bool gated) const {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    static const bool disabled = kernel_disabled("gemm");
+    const bool disabled = kernel_disabled("gemm");
     if (disabled || compute_capability_ != 90 || dtype_ != at::kBFloat16 || bias_.defined()) return {};
     const at::Tensor factor = (quantized() ? x.fp8 : x.plain).contiguous(), weight = weight_.contiguous();
     kernels::Gemm gemm;
