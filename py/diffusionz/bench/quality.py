@@ -61,10 +61,10 @@ class Bound:
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
 
-# The quality gate. The measure is the loss that everyone takes with a file: lossy WebP at quality 90 changes the bundled
-# model's 16 pictures by 40.9 dB in the mean and 35.9 at worst, SSIM 0.9989, distance 1.4e-3, and 1/255 in the mean;
-# bfloat16 by 52.9 and 40.1 dB, 0.9995, 2.0e-4. A precision may double a file's squared error in the mean, and in the
-# worst picture, where it may move an edge, which no file does, be off by as much as 28 dB; what is in the picture stays.
+# The quality gate. The measure is the loss that everyone takes with a file: lossy WebP at quality 90 changes the
+# bundled model's 16 pictures by 40.9 dB in the mean and 35.9 at worst, SSIM 0.9989, distance 1.4e-3, and 1/255 in the
+# mean; bfloat16 by 52.9 and 40.1 dB, 0.9995, 2.0e-4. A precision may double a file's squared error in the mean, and in
+# the worst picture, where it may move an edge, which no file does, be off by 28 dB; what is in the picture stays.
 GATE = (
     Bound("psnr_mean", "PSNR, mean, dB", least=37.9),
     Bound("psnr_worst", "PSNR, worst, dB", least=28.0),
