@@ -5,6 +5,7 @@ On the machine with the GPU (SCRATCH holds the random models, which are written 
     python -m tests.bench.gpu table OUT.json --scratch SCRATCH [--peers] [--only zimage,chronos2] [--limit SECONDS]
     python -m tests.bench.gpu profile OUT.json --scratch SCRATCH     where the milliseconds of a step go, by kernel
     python -m tests.bench.gpu ablation OUT.json --scratch SCRATCH    each kernel replaced by its reference, alone
+    python -m tests.bench.gpu devices OUT.json --scratch SCRATCH     a batch on all devices beside one of them
     python -m tests.bench.gpu accuracy OUT.json WINDOWS.npz          MASE and WQL of a precision, the bundled model
     python -m tests.bench.gpu quality OUT.json                       pictures of a precision, the bundled model
 
@@ -331,6 +332,7 @@ def ablation(args: argparse.Namespace) -> None:
         finally:
             del os.environ["DIFFUSIONZ_DISABLE_KERNELS"]
 
+    measured("")  # what is first measured in a process is slower
     everything = measured("")
     names = [name for name in kernel_names() if not args.kernels or name in args.kernels.split(",")]
     rows = []
@@ -346,6 +348,47 @@ def ablation(args: argparse.Namespace) -> None:
         print(f"without {name}: " + ("; ".join(line) or "within 2 %"), flush=True)
         save(args.out, "ablation", rows=rows)
     print("with all: " + "; ".join(f"{work} {record.percentile(v, 0.5):.3g}" for work, v in everything.items()))
+
+
+# --- Several devices ---
+
+
+def devices(args: argparse.Namespace) -> None:
+    """A batch on one device and on all of them, the same pictures."""
+    from diffusionz import ZImage
+    from diffusionz._ffi import lib
+    from diffusionz.bench import gpu
+    from diffusionz.bench.table import Row, as_table
+    from diffusionz.bench.work import STEPS, prompt
+
+    count = lib.diffusionz_device_count()
+    if count < 2:
+        sys.exit("there is one device here: nothing to spread a batch over")
+    folder, side, pictures = ensure_model(args.scratch, "zimage"), 1024, 8 * count
+    names, rows = [f"cuda:{i}" for i in range(count)], []
+    for precision in args.precisions.split(","):
+        rates, drawn = {}, {}
+        for used in (names[:1], names):
+            with ZImage(folder, device=used, precision=precision) as model:
+
+                def draw(i: int, model=model, used=tuple(used)) -> None:
+                    drawn[used] = model.generate_batch(
+                        [prompt(n) for n in range(pictures)],
+                        width=side,
+                        height=side,
+                        steps=STEPS,
+                        seed=i,
+                        progress=False,
+                    )
+
+                rates[tuple(used)] = [pictures / ms * 1e3 for ms in gpu.times_ms(draw, runs=3, warm_ups=1)]
+        for one, several in zip(*drawn.values(), strict=True):
+            assert (one.pixels == several.pixels).all(), "several devices draw another picture than one"
+        alone, together = rates.values()
+        work, name = f"batch of {pictures} pictures on {count} devices", "one of the devices"
+        rows.append(Row(work, f"{side}x{side}", precision, "pictures/s", together, None, alone, name))
+        print(as_table(rows), flush=True)
+    save(args.out, "table", rows=[dataclasses.asdict(row) for row in rows], several=count)
 
 
 # --- Accuracy ---
@@ -416,6 +459,8 @@ def keep(args: argparse.Namespace) -> None:
     for path in args.files:
         found = json.loads(pathlib.Path(path).read_text())
         about = found["about"] | {"commit": args.commit or record.commit()}
+        if "several" in found:
+            about["machine"] += f"-x{found['several']}"
         file = record.RESULTS / f"{about['machine']}.csv"
         rows: list[Row] = []
         if found["kind"] == "table":
@@ -481,14 +526,14 @@ def main() -> None:
         one.set_defaults(run=run)
         return one
 
-    for name, run in (("table", table), ("profile", profile), ("ablation", ablation)):
+    for name, run in (("table", table), ("profile", profile), ("ablation", ablation), ("devices", devices)):
         one = command(name, run)
         one.add_argument("out")
         one.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/tmp/diffusionz-bench"))
         one.add_argument("--only", default="zimage,chronos2", help="table: families")
         one.add_argument("--peers", action="store_true", help="table: measure them too")
         one.add_argument("--limit", type=float, help="table: seconds after which nothing more is begun")
-        one.add_argument("--precisions", default="bfloat16,fp8", help="profile")
+        one.add_argument("--precisions", default="bfloat16,fp8", help="profile, devices")
         one.add_argument("--kernels", default="", help="ablation: names; default: all")
     one = command("accuracy", accuracy)
     one.add_argument("out")
