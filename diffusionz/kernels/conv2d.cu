@@ -23,6 +23,7 @@
 #include "kernels/hopper.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/mma.cuh"
+#include "kernels/tensor_map.h"
 #include "kernels/vector.cuh"
 
 namespace diffusionz::kernels {
@@ -54,12 +55,6 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, ui
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::"r"(to),
         "l"(map), "r"(barrier), "r"(channel), "r"(column), "r"(row), "r"(image)
-        : "memory");
-}
-__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int channel, int tap, int out) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(to),
-        "l"(map), "r"(barrier), "r"(channel), "r"(tap), "r"(out)
         : "memory");
 }
 __device__ __forceinline__ void store_box(const CUtensorMap* map, uint32_t from, int channel, int column, int row, int image) {
@@ -207,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const auto load = [&](const CUtensorMap* map, int channel, int tap, int out) {
                 barrier_wait(weights_empty(w.stage), w.parity ^ 1);
                 barrier_expect(weights_full(w.stage), kWeightBytes);
-                load_box(weights + w.stage * kWeightBytes, map, weights_full(w.stage), channel, tap, out);
+                tma_load(weights + w.stage * kWeightBytes, map, weights_full(w.stage), channel, tap, out);
                 w.next();
             };
             for (int t = blockIdx.x; t < s.tiles; t += gridDim.x) {
@@ -334,51 +329,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode encoder() {
-    static const Encode encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found{};
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess ||
-            found != cudaDriverEntryPointSuccess)
-            function = nullptr;
-        return reinterpret_cast<Encode>(function);
-    }();
-    return encode;
-}
-
-bool describe(CUtensorMap* map, const void* data, int rank, std::initializer_list<int64_t> sizes,
-              std::initializer_list<int64_t> strides, std::initializer_list<int> box) {
-    cuuint64_t size[4], stride[4];
-    cuuint32_t tile[4], step[4] = {1, 1, 1, 1};
-    std::copy(sizes.begin(), sizes.end(), size);
-    std::transform(strides.begin(), strides.end(), stride, [](int64_t numbers) { return static_cast<cuuint64_t>(numbers) * 2; });
-    std::copy(box.begin(), box.end(), tile);
-    const Encode encode = encoder();
-    return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(rank), const_cast<void*>(data), size, stride,
-                            tile, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <int kTaps>
 cudaError_t run(const Conv2dCall& call, cudaStream_t stream) {
     CUtensorMap x, weight, y, residual, shortcut, shortcut_weight;
     const int64_t image = call.height * call.width * call.in;
-    bool ok = describe(&x, call.x, 4, {call.in, call.width, call.height, call.batch}, {call.in, call.width * call.in, image},
+    bool ok = describe(&x, call.x, {call.in, call.width, call.height, call.batch}, {call.in, call.width * call.in, image},
                        {kDepth, kSide, kSide + kTaps - 1, 1});
-    ok = ok && describe(&weight, call.weight, 3, {call.in, kTaps * kTaps, call.out}, {call.in, kTaps * kTaps * call.in},
+    ok = ok && describe(&weight, call.weight, {call.in, kTaps * kTaps, call.out}, {call.in, kTaps * kTaps * call.in},
                         {kDepth, 1, kChannels});
     const auto result = [&](CUtensorMap* map, const void* data) {
-        return describe(map, data, 4, {call.out, call.width, call.height, call.batch},
+        return describe(map, data, {call.out, call.width, call.height, call.batch},
                         {call.pixel_stride, call.row_stride, call.image_stride}, {64, kSide, kSide, 1});
     };
     ok = ok && result(&y, call.y) && result(&residual, call.residual ? call.residual : call.y);
     if (call.shortcut_x) {
         const int64_t shortcut_image = call.height * call.width * call.shortcut_in;
-        ok = ok && describe(&shortcut, call.shortcut_x, 4, {call.shortcut_in, call.width, call.height, call.batch},
+        ok = ok && describe(&shortcut, call.shortcut_x, {call.shortcut_in, call.width, call.height, call.batch},
                             {call.shortcut_in, call.width * call.shortcut_in, shortcut_image}, {kDepth, kSide, kSide, 1});
-        ok = ok && describe(&shortcut_weight, call.shortcut_weight, 3, {call.shortcut_in, 1, call.out},
+        ok = ok && describe(&shortcut_weight, call.shortcut_weight, {call.shortcut_in, 1, call.out},
                             {call.shortcut_in, call.shortcut_in}, {kDepth, 1, kChannels});
     } else {
         shortcut = x, shortcut_weight = weight;
@@ -417,7 +385,7 @@ bool conv2d_sm90_takes(int device, int64_t in, int64_t out, int64_t taps) {
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
         return false;
     // Rows of the tensor maps are multiples of 16 bytes.
-    return major == 9 && minor == 0 && in % 8 == 0 && out % 8 == 0 && taps >= 2 && taps <= 3 && encoder();
+    return major == 9 && minor == 0 && in % 8 == 0 && out % 8 == 0 && taps >= 2 && taps <= 3 && tensor_map_encoder();
 }
 
 cudaError_t conv2d_sm90(const Conv2dCall& call, cudaStream_t stream) {

@@ -87,16 +87,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-__device__ double block_sum_wide(double x, double* scratch) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-    __syncthreads();
-    double sum = 0.0;
-    for (int i = 0; i < kFactorThreads / 32; ++i) sum += scratch[i];
-    return sum;
-}
-
 // A block a group and picture. One pass: in float64 E[x^2] - E[x]^2 of numbers that were float32 keeps the digits that they have.
 template <class T>
 __global__ void __launch_bounds__(kFactorThreads)
@@ -125,8 +115,8 @@ __global__ void __launch_bounds__(kFactorThreads)
             squares += moment.y + pixels * mean * mean;
         }
     }
-    sum = block_sum_wide(sum, scratch[0]);
-    squares = block_sum_wide(squares, scratch[1]);
+    sum = block_sum(sum, scratch[0]);
+    squares = block_sum(squares, scratch[1]);
     const double total = static_cast<double>(parts.layers * parts.rows * parts.columns) * group_channels, mean = sum / total;
     const double variance = squares / total - mean * mean;
     const double inverse = 1.0 / sqrt((variance < 0.0 ? 0.0 : variance) + eps);  // what is not a number stays that

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>)
         multiply(numbers[v], scale, index);
         largest = largest_of(numbers[v], largest);
     }
-    block_sum_max(square_sum, largest, scratch);
+    block_combine(square_sum, Sum(), largest, Most(), scratch);
     write<T>(numbers, rsqrtf(square_sum / static_cast<float>(width) + eps), largest, y, count);
 }
 
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>)
         largest = largest_of(numbers[v], largest);
     }
     if (!next_weight) return;
-    block_sum_max(square_sum, largest, scratch[1]);
+    block_combine(square_sum, Sum(), largest, Most(), scratch[1]);
     write<T>(numbers, rsqrtf(square_sum / static_cast<float>(width) + eps), largest, normed, count);
 }
 
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kRowThreadsMax<V>)
             square_sum += numbers[v][i] * numbers[v][i];
         }
     }
-    block_sums(error, square_sum, scratch[1]);
+    block_combine(error, Sum(), square_sum, Sum(), scratch[1]);
     error /= static_cast<float>(width);
     const float inverse = rsqrtf(fmaxf(square_sum / static_cast<float>(width) - error * error, 0.0f) + eps);
 #pragma unroll

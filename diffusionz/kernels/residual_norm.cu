@@ -3,16 +3,19 @@
 // weight is part of the next product's. The stream itself is written only where it is asked for: of two sums behind each other,
 // once.
 //
-// A warp has a row, and holds up to 1024 numbers of it in registers, so that it reads everything once. All arithmetic is in
-// float32; y is rounded once. Limits: width a multiple of 4. Reference: ops/residual_norm.cc.
+// A warp has a row, and holds up to 1024 numbers of it in registers, so that it reads everything once. Few rows are a block each,
+// so that each has a multiprocessor. All arithmetic is in float32; y is rounded once. Limits: width a multiple of 4. Reference:
+// ops/residual_norm.cc.
 
 #include "kernels/residual_norm.h"
+#include "kernels/rows.cuh"
 #include "kernels/vector.cuh"
 
 namespace diffusionz::kernels {
 namespace {
 
-constexpr int kWarps = 4, kHeld = 8;  // vectors of 4 numbers that a lane keeps
+constexpr int kWarps = 4, kHeld = 8;  // of a block, at most; vectors of 4 numbers that a lane keeps
+constexpr int64_t kFewRows = 512;
 
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
@@ -36,7 +39,8 @@ __device__ inline void add(float4& x, const Four<T>* y, int at) {
 
 template <class T>
 __global__ void __launch_bounds__(kWarps * 32) norm_kernel(ResidualNormArguments p) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+    between_kernels();
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= p.rows) return;
     const int lane = threadIdx.x % 32, count = p.width / 4;
     float4* x = reinterpret_cast<float4*>(p.x + row * p.x_stride);
@@ -56,7 +60,7 @@ __global__ void __launch_bounds__(kWarps * 32) norm_kernel(ResidualNormArguments
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) total += squares(held[i]);
     for (int at = kHeld * 32 + lane; at < count; at += 32) total += squares(sum_at(at));
-    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    total = warp_combine(total, Sum());
     const float factor = rsqrtf(total / static_cast<float>(p.width) + p.epsilon);
     const auto write = [&](int at, const float4& sum) {
         if (p.keep) x[at] = sum;
@@ -71,8 +75,9 @@ __global__ void __launch_bounds__(kWarps * 32) norm_kernel(ResidualNormArguments
 
 template <class T>
 cudaError_t run(const ResidualNormArguments& p, cudaStream_t stream) {
-    norm_kernel<T><<<static_cast<unsigned>((p.rows + kWarps - 1) / kWarps), kWarps * 32, 0, stream>>>(p);
-    return cudaGetLastError();
+    const int warps = p.rows <= kFewRows ? 1 : kWarps;
+    return launch(norm_kernel<T>, dim3(static_cast<unsigned>((p.rows + warps - 1) / warps)), warps * 32, 0, stream,
+                  /*overlapped=*/true, p);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 // nothing. Limits: heads of 64, segments of less than 2^31 tokens. Reference: ops/segment_attention.cc.
 
 #include "kernels/mma.cuh"
+#include "kernels/rows.cuh"
 #include "kernels/segment_attention.h"
 #include "kernels/vector.cuh"
 
@@ -68,6 +69,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4) attention_kernel(SegmentAttentionArguments p) {
     __shared__ __align__(16) T queries[kBlock][kPitch], keys[kBlock][kPitch], values[kBlock][kPitch];
     __shared__ float bias[kBlock];
+    between_kernels();
     AttentionSegment segment{0, p.query_count, 0, p.key_count, 1};
     int64_t q_begin = blockIdx.z * p.q_segment_stride, kv_begin = blockIdx.z * p.kv_segment_stride,
             y_begin = static_cast<int64_t>(blockIdx.z) * p.query_count * p.y_stride;
@@ -190,8 +192,7 @@ __global__ void __launch_bounds__(kThreads, 4) attention_kernel(SegmentAttention
 template <class T>
 cudaError_t run(const SegmentAttentionArguments& p, cudaStream_t stream) {
     const dim3 grid((p.query_count + kBlock - 1) / kBlock, p.heads, p.segment_count);
-    attention_kernel<T><<<grid, kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(attention_kernel<T>, grid, kThreads, 0, stream, /*overlapped=*/true, p);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/rows.cuh"
 #include "kernels/series_quantiles.h"
 
 namespace diffusionz::kernels {
@@ -11,6 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) quantiles_kernel(SeriesQuantilesArguments p) {
+    between_kernels();
     const int64_t steps = static_cast<int64_t>(p.patches) * p.patch, of_row = steps * p.quantiles;
     const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (at >= p.rows * of_row) return;
@@ -24,8 +26,8 @@ __global__ void __launch_bounds__(kThreads) quantiles_kernel(SeriesQuantilesArgu
 cudaError_t series_quantiles(const SeriesQuantilesArguments& p, cudaStream_t stream) {
     const int64_t count = p.rows * p.patches * p.patch * p.quantiles;
     if (count == 0) return cudaSuccess;
-    quantiles_kernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch(quantiles_kernel, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)), kThreads, 0, stream,
+                  /*overlapped=*/true, p);
 }
 
 }  // namespace diffusionz::kernels

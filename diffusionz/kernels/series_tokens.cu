@@ -11,6 +11,7 @@
 // A block has a row. Sums are in float64, as on the CPU: in float32 the mean of many large numbers is off by more than their
 // spread; the order of summation is fixed. Limits: less than 2^31 steps a row. Reference: ops/series_tokens.cc.
 
+#include "kernels/rows.cuh"
 #include "kernels/series_tokens.h"
 #include "kernels/vector.cuh"
 
@@ -19,17 +20,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr float kScaleOfConstant = 1e-5f;  // upstream's InstanceNorm
-
-// The sum over the block, the same for all threads.
-__device__ double block_sum(double value, double* parts) {
-    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-    __syncthreads();  // the parts before are read
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-    __syncthreads();
-    double total = 0.0;
-    for (int i = 0; i < kThreads / 32; ++i) total += parts[i];
-    return total;
-}
 
 template <class T>
 __device__ inline void write_feature(T* features, int at, int count, float value) {
@@ -42,7 +32,8 @@ __device__ inline void write_feature(T* features, int at, int count, float value
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) tokens_kernel(SeriesTokensArguments p) {
-    __shared__ double parts[kThreads / 32];
+    __shared__ double parts[3][kThreads / 32];
+    between_kernels();
     const int64_t row = blockIdx.x;
     const int steps = p.context_patches * p.patch, horizon = p.future_patches * p.patch;
     const float* context = p.context + row * steps;
@@ -54,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) tokens_kernel(SeriesTokensArguments 
         sum += value;
         count += 1.0;
     }
-    sum = block_sum(sum, parts), count = block_sum(count, parts);
+    sum = block_sum(sum, parts[0]), count = block_sum(count, parts[1]);
     const float loc = count > 0.0 ? static_cast<float>(sum / count) : 0.0f;
     double squares = 0.0;
     for (int i = threadIdx.x; i < steps; i += kThreads) {
@@ -63,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) tokens_kernel(SeriesTokensArguments 
         const double deviation = static_cast<double>(value) - loc;
         squares += deviation * deviation;
     }
-    squares = block_sum(squares, parts);
+    squares = block_sum(squares, parts[2]);
     float scale = count > 0.0 ? static_cast<float>(sqrt(squares / count)) : 1.0f;
     if (scale == 0.0f) scale = kScaleOfConstant;
     if (threadIdx.x == 0) p.loc[row] = loc, p.scale[row] = scale;
@@ -103,22 +94,24 @@ __global__ void __launch_bounds__(kThreads) tokens_kernel(SeriesTokensArguments 
     }
 }
 
+template <class T>
+cudaError_t run(const SeriesTokensArguments& p, cudaStream_t stream) {
+    return launch(tokens_kernel<T>, dim3(static_cast<unsigned>(p.rows)), kThreads, 0, stream, /*overlapped=*/true, p);
+}
+
 }  // namespace
 
 cudaError_t series_tokens(const SeriesTokensArguments& p, cudaStream_t stream) {
     if (p.rows == 0) return cudaSuccess;
     switch (p.type) {
         case Type::float32:
-            tokens_kernel<float><<<p.rows, kThreads, 0, stream>>>(p);
-            break;
+            return run<float>(p, stream);
         case Type::float16:
-            tokens_kernel<__half><<<p.rows, kThreads, 0, stream>>>(p);
-            break;
+            return run<__half>(p, stream);
         case Type::bfloat16:
-            tokens_kernel<__nv_bfloat16><<<p.rows, kThreads, 0, stream>>>(p);
-            break;
+            return run<__nv_bfloat16>(p, stream);
     }
-    return cudaGetLastError();
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace diffusionz::kernels

@@ -101,62 +101,53 @@ __device__ inline float fp8_scale(float largest) {
     return largest == 0.0f ? 1.0f : fmaxf(largest, kSmallestMax) / kLargest;
 }
 
+struct Sum {
+    template <class T>
+    __device__ T operator()(T a, T b) const {
+        return a + b;
+    }
+};
+struct Most {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
 // Over `kLanes` neighbouring threads, a power of two; each has the result.
-template <int kLanes = 32>
-__device__ inline float warp_sum(float x) {
+template <int kLanes = 32, class T, class Combine>
+__device__ inline T warp_combine(T x, Combine combine) {
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    for (int step = kLanes / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
     return x;
 }
 
-template <int kLanes = 32>
-__device__ inline float warp_max(float x) {
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
-    return x;
-}
-
-// Over a block of whole warps; each thread has the result. `scratch` is shared memory of 32 floats that no other call uses.
-__device__ inline float block_sum(float x, float* scratch) {
-    x = warp_sum(x);
+// Over a block of whole warps, of numbers that 0 changes nothing in; each thread has the result. `scratch` is shared memory of a
+// number a warp that no other call uses.
+template <class T, class Combine>
+__device__ inline T block_combine(T x, Combine combine, T* scratch) {
+    x = warp_combine(x, combine);
     if (blockDim.x == 32) return x;
     const unsigned lane = threadIdx.x % 32, warps = blockDim.x / 32;
     if (lane == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();
-    return warp_sum(lane < warps ? scratch[lane] : 0.0f);
+    return warp_combine(lane < warps ? scratch[lane] : T(0), combine);
 }
-
+template <class T>
+__device__ inline T block_sum(T x, T* scratch) {
+    return block_combine(x, Sum(), scratch);
+}
 // Of numbers that are not negative.
-__device__ inline float block_max(float x, float* scratch) {
-    x = warp_max(x);
-    if (blockDim.x == 32) return x;
-    const unsigned lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    if (lane == 0) scratch[threadIdx.x / 32] = x;
-    __syncthreads();
-    return warp_max(lane < warps ? scratch[lane] : 0.0f);
-}
+__device__ inline float block_max(float x, float* scratch) { return block_combine(x, Most(), scratch); }
 
-// Two sums, or a sum and a maximum, at once, with 64 floats: threads wait for each other once.
-__device__ inline void block_sums(float& first, float& second, float* scratch) {
-    first = warp_sum(first);
-    second = warp_sum(second);
+// Of two numbers at once, with 64 floats: threads wait for each other once.
+template <class First, class Second>
+__device__ inline void block_combine(float& first, First of_first, float& second, Second of_second, float* scratch) {
+    first = warp_combine(first, of_first);
+    second = warp_combine(second, of_second);
     if (blockDim.x == 32) return;
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     if (lane == 0) scratch[warp] = first, scratch[32 + warp] = second;
     __syncthreads();
-    first = warp_sum(lane < warps ? scratch[lane] : 0.0f);
-    second = warp_sum(lane < warps ? scratch[32 + lane] : 0.0f);
-}
-
-__device__ inline void block_sum_max(float& sum, float& largest, float* scratch) {
-    sum = warp_sum(sum);
-    largest = warp_max(largest);
-    if (blockDim.x == 32) return;
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    if (lane == 0) scratch[warp] = sum, scratch[32 + warp] = largest;
-    __syncthreads();
-    sum = warp_sum(lane < warps ? scratch[lane] : 0.0f);
-    largest = warp_max(lane < warps ? scratch[32 + lane] : 0.0f);
+    first = warp_combine(lane < warps ? scratch[lane] : 0.0f, of_first);
+    second = warp_combine(lane < warps ? scratch[32 + lane] : 0.0f, of_second);
 }
 
 // Calls f with a null pointer to the type.

@@ -80,6 +80,7 @@ _BENCH_EPILOG = """\
 examples:
   diffusionz bench --gpu                           pictures and forecasts of the released models' sizes, random weights
   diffusionz bench --gpu --peers --record runs.csv beside diffusers and chronos-forecasting, where they are installed
+  diffusionz bench --gpu --only webp,forecasts --limit 60
   diffusionz bench --gpu --model ./Z-Image-Turbo   your own weights
   diffusionz bench --quality --model ./Z-Image-Turbo --precision fp8 -o sheet.png
                                                    how far pictures in fp8 are from float32's, beside bfloat16's
@@ -223,7 +224,14 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     what.add_argument("--quality", action="store_true", help="pictures or forecasts in --precision beside float32's")
     add("--model", metavar="MODEL", help="a bundled model's name, a folder, or a pulled hub id (--quality: demo)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--only", type=_names, default=[], metavar="FAMILY,...", help="--gpu: zimage, chronos2 (default: both)")
+    only = "--gpu: zimage, chronos2, or their parts: pictures, webp, load; forecasts (default: all)"
+    add("--only", type=_names, default=[], metavar="PART,...", help=only)
+    add(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="--gpu: begin nothing more after this time, and print what there is",
+    )
     add("--peers", action="store_true", help="--gpu: measure diffusers and chronos-forecasting beside it")
     add("--record", metavar="CSV", help="--gpu: append the rows to this file")
     add("--scratch", metavar="FOLDER", help="--gpu: where the random models are written for the while")

@@ -2,9 +2,10 @@
 
 On the machine with the GPU (SCRATCH holds the random models, which are written when they are not there):
 
-    python -m tests.bench.gpu table OUT.json --scratch SCRATCH [--peers] [--only zimage,chronos2]
+    python -m tests.bench.gpu table OUT.json --scratch SCRATCH [--peers] [--only zimage,chronos2] [--limit SECONDS]
     python -m tests.bench.gpu profile OUT.json --scratch SCRATCH     where the milliseconds of a step go, by kernel
     python -m tests.bench.gpu ablation OUT.json --scratch SCRATCH    each kernel replaced by its reference, alone
+    python -m tests.bench.gpu devices OUT.json --scratch SCRATCH     a batch on all devices beside one of them
     python -m tests.bench.gpu accuracy OUT.json WINDOWS.npz          MASE and WQL of a precision, the bundled model
     python -m tests.bench.gpu quality OUT.json                       pictures of a precision, the bundled model
 
@@ -21,8 +22,8 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
+import time
 
 from tests.bench import record
 
@@ -57,12 +58,20 @@ def save(path: str, kind: str, device: str = "cuda:0", **values) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
+    begin = time.monotonic()
     from diffusionz.bench import gpu
     from diffusionz.bench.table import as_table
 
     rows = []
-    for family in args.only.split(","):
-        options = gpu.Options(only=[family], model=ensure_model(args.scratch, family), peers=args.peers)
+    for family, parts in gpu.parts_of(args.only.split(",")).items():
+        limit = None if args.limit is None else args.limit - (time.monotonic() - begin)
+        options = gpu.Options(
+            only=parts,
+            model=ensure_model(args.scratch, family),
+            peers=args.peers,
+            limit=limit,
+            scratch=str(args.scratch),
+        )
         rows += gpu.run(options, lambda text: print(text, flush=True))
         print(as_table(rows), flush=True)
         save(args.out, "table", rows=[dataclasses.asdict(row) for row in rows])
@@ -283,64 +292,103 @@ def thin_model(scratch: pathlib.Path) -> str:
     return str(folder)
 
 
-def measure_thin(args: argparse.Namespace) -> None:
-    """One process of the ablation: prints a JSON object of medians."""
+def measure_works(folders: dict[str, str], runs: int) -> dict[str, list[float]]:
+    """The work that kernels are left out of -> ms. Models are opened afresh: what a graph has recorded stays in it."""
     from diffusionz import Chronos2, ZImage
     from diffusionz._errors import DiffusionzError
     from diffusionz.bench import gpu
 
     found: dict[str, list[float]] = {}
+
+    def keep(rows, works: set[str]) -> None:
+        found.update({f"{row.work} {row.size}, {row.precision}": row.ours for row in rows if row.work in works})
+
     for precision in ("bfloat16", "fp8"):
         try:
-            with ZImage(args.zimage, device="cuda:0", precision=precision) as model:
-                rows = gpu.picture_rows(model, precision, runs=5)
+            with ZImage(folders["zimage"], device="cuda:0", precision=precision) as model:
+                rows = gpu.picture_rows(model, precision, runs=runs)
         except DiffusionzError as error:
             print(f"{precision}: {error}", file=sys.stderr)
             continue
-        found |= {
-            f"{row.work} {row.size}, {precision}": row.ours
-            for row in rows
-            if row.work == "step" or (row.work in ("VAE decode", "text encoder") and precision == "bfloat16")
-        }
-    for precision in ("float16",):
-        try:
-            with Chronos2(args.chronos2, device="cuda:0", precision=precision) as model:
-                rows = gpu.forecast_rows(model, precision, runs=24, many=448)
-        except DiffusionzError as error:
-            print(f"{precision}: {error}", file=sys.stderr)
-            continue
-        found |= {f"{row.work} {row.size}, {precision}": row.ours for row in rows if row.work == "forecast"}
-    print(json.dumps(found))
+        keep(rows, {"step", "VAE decode", "text encoder"} if precision == "bfloat16" else {"step"})
+    with Chronos2(folders["chronos2"], device="cuda:0", precision="float16") as model:
+        keep(gpu.forecast_rows(model, "float16", runs=8 * runs, many=448), {"forecast"})
+    return found
 
 
 def ablation(args: argparse.Namespace) -> None:
-    models = {"zimage": thin_model(args.scratch), "chronos2": ensure_model(args.scratch, "chronos2")}
+    """In one process: which kernels are off is asked when work is recorded."""
+    from diffusionz._errors import DiffusionzError
+
+    folders = {"zimage": thin_model(args.scratch), "chronos2": ensure_model(args.scratch, "chronos2")}
 
     def measured(disabled: str) -> dict[str, list[float]]:
-        command = [sys.executable, "-m", "tests.bench.gpu", "measure-thin", *models.values()]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"DIFFUSIONZ_DISABLE_KERNELS": disabled}
-        )
-        if done.returncode:
-            print(f"without {disabled or 'nothing'}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        os.environ["DIFFUSIONZ_DISABLE_KERNELS"] = disabled
+        try:
+            return measure_works(folders, runs=3)
+        except DiffusionzError as error:
+            print(f"without {disabled or 'nothing'}: {error}", flush=True)
             return {}
-        return json.loads(done.stdout.splitlines()[-1])
+        finally:
+            del os.environ["DIFFUSIONZ_DISABLE_KERNELS"]
 
+    measured("")  # what is first measured in a process is slower
     everything = measured("")
     names = [name for name in kernel_names() if not args.kernels or name in args.kernels.split(",")]
     rows = []
     for name in names:
-        without = measured(name)
         line = []
-        for work, values in without.items():
+        for work, values in measured(name).items():
             if work not in everything:
                 continue
-            ratio = record.percentile(everything[work], 0.5) / record.percentile(values, 0.5)
             rows.append({"kernel": name, "work": work, "with": everything[work], "without": values})
-            line.append(f"{work} {record.percentile(values, 0.5):.3g} ({ratio:.3f})")
-        print(f"without {name}: " + "; ".join(line), flush=True)
+            ratio = record.percentile(values, 0.5) / record.percentile(everything[work], 0.5)
+            if not 0.98 < ratio < 1.02:
+                line.append(f"{work} {ratio:.2f}x")
+        print(f"without {name}: " + ("; ".join(line) or "within 2 %"), flush=True)
+        save(args.out, "ablation", rows=rows)
     print("with all: " + "; ".join(f"{work} {record.percentile(v, 0.5):.3g}" for work, v in everything.items()))
-    save(args.out, "ablation", rows=rows)
+
+
+# --- Several devices ---
+
+
+def devices(args: argparse.Namespace) -> None:
+    """A batch on one device and on all of them, the same pictures."""
+    from diffusionz import ZImage
+    from diffusionz._ffi import lib
+    from diffusionz.bench import gpu
+    from diffusionz.bench.table import Row, as_table
+    from diffusionz.bench.work import STEPS, prompt
+
+    count = lib.diffusionz_device_count()
+    if count < 2:
+        sys.exit("there is one device here: nothing to spread a batch over")
+    folder, side, pictures = ensure_model(args.scratch, "zimage"), 1024, 8 * count
+    names, rows = [f"cuda:{i}" for i in range(count)], []
+    for precision in args.precisions.split(","):
+        rates, drawn = {}, {}
+        for used in (names[:1], names):
+            with ZImage(folder, device=used, precision=precision) as model:
+
+                def draw(i: int, model=model, used=tuple(used)) -> None:
+                    drawn[used] = model.generate_batch(
+                        [prompt(n) for n in range(pictures)],
+                        width=side,
+                        height=side,
+                        steps=STEPS,
+                        seed=i,
+                        progress=False,
+                    )
+
+                rates[tuple(used)] = [pictures / ms * 1e3 for ms in gpu.times_ms(draw, runs=3, warm_ups=1)]
+        for one, several in zip(*drawn.values(), strict=True):
+            assert (one.pixels == several.pixels).all(), "several devices draw another picture than one"
+        alone, together = rates.values()
+        work, name = f"batch of {pictures} pictures on {count} devices", "one of the devices"
+        rows.append(Row(work, f"{side}x{side}", precision, "pictures/s", together, None, alone, name))
+        print(as_table(rows), flush=True)
+    save(args.out, "table", rows=[dataclasses.asdict(row) for row in rows], several=count)
 
 
 # --- Accuracy ---
@@ -392,6 +440,7 @@ def quality(args: argparse.Namespace) -> None:
             lambda text: print(text, flush=True),
         )
         print(measures.pictures_table(result["rows"]))
+        print(measures.gate_table(measures.gate(result["rows"], args.precision)))
         result["layers"] = measures.compare_layers(args.model, args.precision, args.device, None, lambda text: None)
         print(measures.layers_table(result["layers"]))
     except DiffusionzError as error:
@@ -410,6 +459,8 @@ def keep(args: argparse.Namespace) -> None:
     for path in args.files:
         found = json.loads(pathlib.Path(path).read_text())
         about = found["about"] | {"commit": args.commit or record.commit()}
+        if "several" in found:
+            about["machine"] += f"-x{found['several']}"
         file = record.RESULTS / f"{about['machine']}.csv"
         rows: list[Row] = []
         if found["kind"] == "table":
@@ -419,8 +470,9 @@ def keep(args: argparse.Namespace) -> None:
         elif found["kind"] == "ablation":
             for row in found["rows"]:
                 work, precision = row["work"].rsplit(", ", 1)
-                name = f"without {row['kernel']}, {THIN}"
-                rows.append(Row(f"ablation: {work}", THIN, precision, "ms", row["with"], None, row["without"], name))
+                size = "full size" if work.startswith("forecast") else THIN
+                name = f"without {row['kernel']}"
+                rows.append(Row(f"ablation: {work}", size, precision, "ms", row["with"], None, row["without"], name))
         elif found["kind"] == "accuracy":
             truth = found["rows"][0]
             for row in found["rows"][1:]:
@@ -430,7 +482,8 @@ def keep(args: argparse.Namespace) -> None:
                     rows.append(Row(work, size, row["precision"], "%", [change], 0.1))
         elif found["kind"] == "quality":
             for row in found["rows"]:
-                for metric, unit in (("off_mean", "/255"), ("ssim_mean", "SSIM"), ("psnr_mean", "dB")):
+                units = {"off_mean": "/255", "ssim_mean": "SSIM", "psnr_mean": "dB", "psnr_worst": "dB, worst"}
+                for metric, unit in (units | {"distance_mean": "distance", "judged_alike": "judged alike"}).items():
                     rows.append(
                         Row(f"pictures beside {row['reference']}'s, demo model", "256x256, 8 steps", row["precision"],
                             unit, [row[metric]])
@@ -473,17 +526,15 @@ def main() -> None:
         one.set_defaults(run=run)
         return one
 
-    for name, run in (("table", table), ("profile", profile), ("ablation", ablation)):
+    for name, run in (("table", table), ("profile", profile), ("ablation", ablation), ("devices", devices)):
         one = command(name, run)
         one.add_argument("out")
         one.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/tmp/diffusionz-bench"))
         one.add_argument("--only", default="zimage,chronos2", help="table: families")
         one.add_argument("--peers", action="store_true", help="table: measure them too")
-        one.add_argument("--precisions", default="bfloat16,fp8", help="profile")
+        one.add_argument("--limit", type=float, help="table: seconds after which nothing more is begun")
+        one.add_argument("--precisions", default="bfloat16,fp8", help="profile, devices")
         one.add_argument("--kernels", default="", help="ablation: names; default: all")
-    one = command("measure-thin", measure_thin)
-    one.add_argument("zimage")
-    one.add_argument("chronos2")
     one = command("accuracy", accuracy)
     one.add_argument("out")
     one.add_argument("windows")

@@ -42,6 +42,7 @@ def test_pictures_in_bfloat16_are_near_those_in_float32(tmp_path: pathlib.Path) 
     assert 30 < row["psnr_worst"] <= row["psnr_mean"] < 80
     assert 0.98 < row["ssim_mean"] < 1 and 0 < row["distance_mean"] < 1e-2
     assert 0 < row["off_mean"] < row["off_most"]
+    assert row["judged_alike"] > 0.9 and {check["measure"] for check in about["gate"]} <= set(row)
     # Bfloat16 has 8 bits: no place is exact, and none is far off. 10 layers and 2 refiners lie between.
     layers = [layer["bfloat16"] for layer in about["layers"]]
     assert len(layers) >= 10 and all(1e-5 < error < 0.1 for error in layers)
@@ -84,8 +85,25 @@ def test_measures_of_pictures() -> None:
             )
     assert quality.ssim(a, b) == pytest.approx(numpy.mean(values))
 
-    distance = quality._Distance()
-    assert distance(a, a) == 0 and 0 < distance(a, b) < distance(a, 255 - a)
+    judge = quality._Judge()
+    assert judge.distance(a, a) == 0 and 0 < judge.distance(a, b) < judge.distance(a, 255 - a)
+    scenes = {colour: numpy.full((256, 256, 3), 255, numpy.uint8) for colour in ("red", "blue")}
+    for scene, colour in zip(scenes.values(), ((220, 40, 40), (40, 80, 220)), strict=True):
+        scene[64:192, 64:192] = colour  # a square
+    red, blue = scenes["red"], scenes["blue"]
+    assert judge.alike([(red, red)]) == 1 and judge.alike([(blue, red)]) < 0.7
+
+
+def test_the_gate_names_what_fails() -> None:
+    good = {"psnr_mean": 50.0, "psnr_worst": 40.0, "ssim_mean": 0.999, "distance_mean": 1e-4, "judged_alike": 1.0}
+    rows = [good | {"precision": "fp8", "reference": "float32"}, good | {"precision": "fp8", "reference": "bfloat16"}]
+    checks = quality.gate(rows, "fp8")
+    assert len(checks) == len(quality.GATE) and all(check["passed"] for check in checks)
+    assert quality.gate_table(checks).endswith("the quality gate: passed")
+    rows[0]["psnr_worst"] = 12.0
+    checks = quality.gate(rows, "fp8")
+    assert [check["measure"] for check in checks if not check["passed"]] == ["psnr_worst"]
+    assert "FAIL" in quality.gate_table(checks) and quality.gate(rows, "float32") == []
 
 
 def test_scores_of_forecasts_are_those_of_their_definitions() -> None:

@@ -287,6 +287,43 @@ def test_attention(ops: Any, shape: tuple[Any, ...], dtype: torch.dtype) -> None
     assert torch.equal(replayed(run), y)
 
 
+# batch, queries, keys, heads, heads of keys: Z-Image's at 1024x1024, its last layer's, and none that tiles divide.
+OWN_ATTENTIONS = [
+    (1, 4160, 4160, 30, 30), (1, 4096, 4160, 30, 30), (2, 1057, 1057, 4, 2), (1, 1, 1, 2, 2), (3, 191, 33, 3, 1),
+    (1, 193, 81, 2, 2), (1, 400, 160, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", OWN_ATTENTIONS)
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_attention_sm90(ops: Any, shape: tuple[int, ...], spread: float) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is Hopper's")
+    batch, queries, keys, heads, kv_heads = shape
+    tokens = max(queries, keys)
+    parts = (
+        draw(batch, tokens, (heads + 2 * kv_heads) * 128).unflatten(-1, (-1, 128)).split([heads, kv_heads, kv_heads], 2)
+    )
+    q, k, v = parts[0][:, :queries].mul(spread), parts[1][:, :keys], parts[2][:, :keys]
+    q = q if spread != 1.0 else parts[0][:, :queries]  # strided, as the callers have it
+    truth = attend(*(part.double() for part in (q, k, v)), False)
+    poison(batch * queries * heads * 128 * 4)
+    run = lambda: ops.attention_sm90(q, k, v)  # noqa: E731
+    y = run()
+    assert_as_exact(y, attend(q, k, v, False), truth)
+    assert_repeats(run)
+    assert torch.equal(replayed(run), y)
+
+
+def test_attention_sm90_carries_what_is_not_a_number(ops: Any) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is Hopper's")
+    q, k, v = draw(1, 300, 3, 2, 128).unbind(2)
+    q[0, 7, 1, 3], k[0, 299, 0, 0] = float("nan"), float("nan")
+    nan = ops.attention_sm90(q, k, v).unflatten(-1, (2, 128)).isnan()
+    assert nan[0, :, 0].all() and nan[0, 7, 1].all() and nan[0, :, 1].sum() == 128
+
+
 def random_vae(file: pathlib.Path, channels: tuple[int, ...], latents: int) -> None:
     """An autoencoder with these channels, from the pixels' end, in diffusers' names."""
     generator = torch.Generator().manual_seed(0)

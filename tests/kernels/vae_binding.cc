@@ -67,6 +67,7 @@ TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
         return vae_of(file, Placement{noise.device(), dtype}).encode(pixels, noise);
     });
     m.def("attention", [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) { return attention(q, k, v, causal); });
+    m.def("attention_sm90", [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) { return attention_sm90(q, k, v); });
 }
 
 }  // namespace

@@ -144,7 +144,7 @@ def test_fp8_errs_as_rounding_its_factors_does(demo_model, cpu_f32):
         warnings.simplefilter("ignore")
         pipe = ZImagePipeline.from_pretrained(demo_model, torch_dtype=torch.bfloat16).to("cuda")
     pipe.set_progress_bar_config(disable=True)
-    for block in pipe.transformer.layers:
+    for block in (*pipe.transformer.noise_refiner, *pipe.transformer.layers):
         for name, linear in block.named_modules():
             if isinstance(linear, torch.nn.Linear) and "adaLN" not in name:
                 linear.weight.data = quantized(linear.weight.data).to(torch.bfloat16)

@@ -1,5 +1,7 @@
 // On GPUs in 16 bits, all on strided views of whatever product q, k and v are parts of, with results that lie as the caller wants
 // them, and grouped queries read their keys in place:
+//   kernels/attention_sm90.cu on Hopper in bfloat16, heads of 128, where its tiles fill their waves
+//   (DIFFUSIONZ_DISABLE_KERNELS=attention_sm90 leaves those to cuDNN);
 //   cuDNN's fused attention on Hopper and Blackwell, heads up to 128 wide (on an H100, 30 heads of 128: 4128 tokens 0.46 ms where
 //   flash attention 2 takes 0.77; 1056 tokens 55 and 87 us);
 //   flash attention elsewhere, heads up to 256 wide;
@@ -18,6 +20,7 @@
 #include "ops/disabled.h"
 
 #ifdef DIFFUSIONZ_WITH_CUDA
+#include "kernels/attention_sm90.h"
 #include "kernels/softmax_rows.h"
 #endif
 
@@ -30,9 +33,18 @@ constexpr int64_t kCudnnHeadDimMax = 128, kFlashHeadDimMax = 256;
 // cuDNN has no causal kernel for single queries.
 constexpr int64_t kCudnnTokensMin = 16;
 
+int attribute(const at::Tensor& x, cudaDeviceAttr name) {
+    int value = 0;
+    check_launch("attention", cudaDeviceGetAttribute(&value, name, x.device().index()));
+    return value;
+}
+
+int compute_capability(const at::Tensor& x) {
+    return 10 * attribute(x, cudaDevAttrComputeCapabilityMajor) + attribute(x, cudaDevAttrComputeCapabilityMinor);
+}
+
 bool has_cudnn_attention(const at::Tensor& x) {
-    int major = 0;
-    check_launch("attention", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device().index()));
+    const int major = compute_capability(x) / 10;
     return major == 9 || major == 10;
 }
 
@@ -61,12 +73,26 @@ at::Tensor wide_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
     return y.flatten(2);
 }
 
+// Whether our own kernel is faster than cuDNN's: by how full its tiles' waves are. On an H100, 30 heads, in us: 1056 tokens 48
+// and 56, 1088 (0.64 of two waves) 45 and 55, 2304 129 and 150, 3072 236 and 244.
+bool attention_sm90_pays(const at::Tensor& q) {
+    constexpr int64_t kTile = 192, kTokensMin = 1024;
+    constexpr double kUsedMin = 0.6;
+    if (kernel_disabled("attention_sm90") || q.size(1) < kTokensMin) return false;
+    const int64_t processors = attribute(q, cudaDevAttrMultiProcessorCount), of_tiles = q.size(0) * q.size(2);
+    const int64_t tiles = of_tiles * ((q.size(1) + kTile - 1) / kTile), waves = (tiles + processors - 1) / processors;
+    return static_cast<double>(of_tiles * q.size(1)) > kUsedMin * static_cast<double>(waves * processors * kTile);
+}
+
 // Undefined where no kernel takes these.
 at::Tensor cuda_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
     const at::ScalarType dtype = q.scalar_type();
     const int64_t width = q.size(3);
     if (kernel_disabled("attention") || !q.is_cuda()) return {};
     if ((dtype != at::kHalf && dtype != at::kBFloat16) || width % 8 != 0) return {};
+    if (!causal && attention_sm90_pays(q)) {
+        if (const at::Tensor y = attention_sm90(q, k, v); y.defined()) return y;
+    }
     if (causal && q.size(1) != k.size(1)) return {};  // libraries align such a mask differently
     if (width > kFlashHeadDimMax) return causal ? at::Tensor() : wide_attention(q, k, v);
     const auto heads_first = [](const at::Tensor& x) { return x.transpose(1, 2); };
@@ -85,6 +111,29 @@ at::Tensor cuda_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
 #endif
 
 }  // namespace
+
+at::Tensor attention_sm90([[maybe_unused]] const at::Tensor& q, [[maybe_unused]] const at::Tensor& k,
+                          [[maybe_unused]] const at::Tensor& v) {
+#ifdef DIFFUSIONZ_WITH_CUDA
+    constexpr int64_t kWidth = 128;
+    if (!q.is_cuda() || q.scalar_type() != at::kBFloat16 || q.size(3) != kWidth || compute_capability(q) != 90) return {};
+    for (const at::Tensor& x : {q, k, v}) {
+        const bool apart = x.stride(1) % 8 == 0 && x.stride(0) % 8 == 0;  // by multiples of 16 bytes
+        if (x.stride(3) != 1 || x.stride(2) != kWidth || !apart || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0)
+            return {};
+    }
+    const at::Tensor y = at::empty({q.size(0), q.size(1), q.size(2) * kWidth}, q.options());
+    kernels::AttentionSm90 call;
+    call.q = rows_of(q), call.k = rows_of(k), call.v = rows_of(v);
+    call.y = y.mutable_data_ptr();
+    call.batch = q.size(0), call.queries = q.size(1), call.keys = k.size(1), call.heads = q.size(2), call.kv_heads = k.size(2);
+    call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(kWidth)));
+    if (launched("attention_sm90",
+                 kernels::attention_sm90(call, attribute(q, cudaDevAttrMultiProcessorCount), current_stream(q))))
+        return y;
+#endif
+    return {};
+}
 
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
 #ifdef DIFFUSIONZ_WITH_CUDA

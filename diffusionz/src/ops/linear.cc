@@ -76,7 +76,7 @@ Activation Linear::readable(const Activation& x) const {
 
 at::Tensor Linear::own_product(const Activation& x, bool gated) const {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    static const bool disabled = kernel_disabled("gemm");
+    const bool disabled = kernel_disabled("gemm");
     if (disabled || compute_capability_ != 90 || dtype_ != at::kBFloat16 || bias_.defined()) return {};
     const at::Tensor factor = (quantized() ? x.fp8 : x.plain).contiguous(), weight = weight_.contiguous();
     kernels::Gemm gemm;
@@ -128,7 +128,8 @@ at::Tensor Linear::operator()(const Activation& given, const LoraPairs* lora) co
     if (found == lora->end()) return y;
     const at::Tensor numbers = x.plain.defined() ? x.plain : dequantize(x.fp8, x.row_scales, dtype_);
     for (const LoraPair& pair : found->second) {
-        y.narrow(-1, pair.row_begin, pair.up.size(0)).add_(at::linear(at::linear(numbers, pair.down), pair.up), pair.scale);
+        at::Tensor corrected = y.flatten(0, -2).narrow(-1, pair.row_begin, pair.up.size(0));
+        corrected.addmm_(at::linear(numbers.flatten(0, -2), pair.down), pair.up.t(), /*beta=*/1, pair.scale);
     }
     return y;
 }

@@ -38,7 +38,7 @@ bool kernel_reads(const at::Tensor& x) { return x.is_cuda() && has_kernel_type(x
 
 Activation modulated_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& scale, Form form) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    static const bool disabled = kernel_disabled("modulated_norm");
+    const bool disabled = kernel_disabled("modulated_norm");
     if (kernel_reads(x) && goes_with(weight, x) && goes_with(scale, x) && !disabled) {
         const WrittenActivation y(x, form);
         if (launched("modulated_norm", kernels::modulated_norm(kernel_type(x.scalar_type()), rows_of(x), data_of(weight),
@@ -53,7 +53,7 @@ Activation modulated_norm(const at::Tensor& x, const at::Tensor& weight, double 
 Residual gated_residual(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight, double eps, const at::Tensor& gate,
                         const at::Tensor& next_weight, const at::Tensor& next_scale, Form form) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    static const bool disabled = kernel_disabled("gated_residual");
+    const bool disabled = kernel_disabled("gated_residual");
     if (kernel_reads(x) && kernel_reads(y) && x.sizes() == y.sizes() && goes_with(y, x) && goes_with(weight, x) &&
         goes_with(gate, x) && goes_with(next_weight, x) && goes_with(next_scale, x) && !disabled) {
         Residual result{at::empty(x.sizes(), x.options()), {}};
@@ -77,7 +77,7 @@ Residual gated_residual(const at::Tensor& x, const at::Tensor& y, const at::Tens
 
 at::Tensor modulated_layer_norm(const at::Tensor& x, double eps, const at::Tensor& scale) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    static const bool disabled = kernel_disabled("modulated_layer_norm");
+    const bool disabled = kernel_disabled("modulated_layer_norm");
     if (kernel_reads(x) && goes_with(scale, x) && !disabled) {
         at::Tensor y = at::empty(x.sizes(), x.options());
         if (launched(

@@ -18,10 +18,7 @@ namespace diffusionz {
 #ifdef DIFFUSIONZ_WITH_CUDA
 namespace {
 
-bool disabled() {
-    static const bool value = kernel_disabled("patchify");
-    return value;
-}
+bool disabled() { return kernel_disabled("patchify"); }
 
 bool is_tokens(const at::Tensor& x) { return x.is_cuda() && has_kernel_type(x) && x.is_contiguous(); }
 

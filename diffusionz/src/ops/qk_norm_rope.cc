@@ -34,7 +34,7 @@ at::Tensor qk_norm_rope(at::Tensor qkv, const at::Tensor& q_weight, const at::Te
                         const at::Tensor& table, int64_t heads, int64_t kv_heads, RopePairs pairs) {
     const int64_t d = 2 * table.size(-1);
 #ifdef DIFFUSIONZ_WITH_CUDA
-    static const bool disabled = kernel_disabled("qk_norm_rope");
+    const bool disabled = kernel_disabled("qk_norm_rope");
     const auto kernel_reads = [&](const at::Tensor& weight) {
         return !weight.defined() || (weight.scalar_type() == qkv.scalar_type() && weight.is_contiguous());
     };

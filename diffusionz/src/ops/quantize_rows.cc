@@ -30,7 +30,7 @@ Activation quantize_reference(const at::Tensor& x) {
 
 Activation quantize(const at::Tensor& x) {
 #ifdef DIFFUSIONZ_WITH_CUDA
-    static const bool disabled = kernel_disabled("quantize_rows");
+    const bool disabled = kernel_disabled("quantize_rows");
     if (x.is_cuda() && has_kernel_type(x) && !disabled) {
         const at::Tensor rows = x.contiguous();
         WrittenActivation y(rows, Form::fp8);

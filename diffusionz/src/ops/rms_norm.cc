@@ -49,7 +49,7 @@ DIFFUSIONZ_VECTORIZED void normalize_row(const float* x, const float* weight, fl
 }  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-    static const bool disabled = kernel_disabled("rms_norm");
+    const bool disabled = kernel_disabled("rms_norm");
 #ifdef DIFFUSIONZ_WITH_CUDA
     if (x.is_cuda() && has_kernel_type(x) && goes_with(weight, x) && !disabled) {
         at::Tensor y = at::empty(x.sizes(), x.options());

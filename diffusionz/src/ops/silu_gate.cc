@@ -48,7 +48,7 @@ at::Tensor gate_plain(const at::Tensor& x, bool disabled) {
 }  // namespace
 
 Activation silu_gate(const at::Tensor& x, Form form) {
-    static const bool disabled = kernel_disabled("silu_gate");
+    const bool disabled = kernel_disabled("silu_gate");
 #ifdef DIFFUSIONZ_WITH_CUDA
     if (x.is_cuda() && has_kernel_type(x) && x.is_contiguous() && !disabled) {
         const int64_t width = x.size(-1) / 2, rows = width ? x.numel() / (2 * width) : 0;

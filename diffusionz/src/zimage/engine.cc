@@ -112,12 +112,12 @@ void Engine::check(const DiffusionZRequest& request) const {
 int32_t Engine::steps_of(const DiffusionZRequest& request) { return request.num_steps - steps_skipped(request); }
 
 void Engine::forget_graphs() {
-    const CallQueue::Turn turn(queue_);
+    const std::lock_guard alone(mutex_);
     graphs_.clear();
 }
 
 Picture Engine::draw(const DiffusionZRequest& request, Task& task, int32_t image) {
-    const CallQueue::Turn turn(queue_, &task);
+    const std::lock_guard alone(mutex_);
     const c10::InferenceMode inference;
     const WorkStream::Scope scope(stream_);
     const at::NoTF32Guard float32_is_float32;  // forecasts in TF32 switch it on for the whole process
@@ -237,7 +237,7 @@ Sampler::Lora Engine::lora_of(const DiffusionZRequest& request) {
 void Engine::load_lora(const std::filesystem::path& path, double weight) {
     if (!(weight >= -1000 && weight <= 1000))
         fail(DIFFUSIONZ_E_ARGUMENT, "weight is ", weight, "; it must be from -1000 to 1000");
-    const CallQueue::Turn turn(queue_);
+    const std::lock_guard alone(mutex_);
     const c10::InferenceMode inference;
     const WorkStream::Scope scope(stream_);
     for (LoadedLora& lora : loras_) {
@@ -251,7 +251,7 @@ void Engine::load_lora(const std::filesystem::path& path, double weight) {
 }
 
 void Engine::unload_lora() {
-    const CallQueue::Turn turn(queue_);
+    const std::lock_guard alone(mutex_);
     loras_.clear();
     call_lora_.reset();
     pairs_.clear();
@@ -260,7 +260,7 @@ void Engine::unload_lora() {
 }
 
 int64_t Engine::lora_bytes() {
-    const CallQueue::Turn turn(queue_);
+    const std::lock_guard alone(mutex_);
     int64_t total = call_lora_ ? static_cast<int64_t>(call_lora_->nbytes()) : 0;
     for (const LoadedLora& lora : loras_) total += static_cast<int64_t>(lora.adapter->nbytes());
     return total;

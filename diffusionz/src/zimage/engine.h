@@ -1,14 +1,14 @@
-// One context of the C ABI: a shared model, this context's LoRA adapters, and its queue of calls.
+// What draws on one device: a shared model, its LoRA adapters, and what it has recorded.
 #pragma once
 
 #include <functional>
 #include <list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "core/call_queue.h"
 #include "core/cuda_graph.h"
 #include "zimage/lora.h"
 #include "zimage/model.h"
@@ -26,8 +26,8 @@ public:
     // `cuda_graphs` lets it record what it repeats. `max_vram_bytes` bounds what the model holds on its device; 0 does not.
     Engine(const std::filesystem::path& path, Placement placement, bool cuda_graphs = true, int64_t max_vram_bytes = 0);
 
-    // Draws one picture, after the calls before this one, with the previews that `task` wants, as those of picture `image`. The
-    // request has passed check(). Steps are counted in `task`, pictures are not. Fails with E_ARGUMENT, E_LORA, E_CANCELLED.
+    // Draws one picture, with the previews that `task` wants, as those of picture `image`. The request has passed check(). Steps
+    // are counted in `task`, pictures are not. Fails with E_ARGUMENT, E_LORA, E_CANCELLED.
     Picture draw(const DiffusionZRequest& request, Task& task, int32_t image = 0);
     // Transformer evaluations that a request takes.
     static int32_t steps_of(const DiffusionZRequest& request);
@@ -72,7 +72,7 @@ private:
     std::shared_ptr<const LoraAdapter> read_lora(const std::filesystem::path& path) const;
 
     std::shared_ptr<const Model> model_;
-    CallQueue queue_;
+    std::mutex mutex_;  // held by draw() and what changes or reads the adapters; who draws next is the fleet's to say
     WorkStream stream_;
     GraphCache graphs_;
     Sampler sampler_;

@@ -98,8 +98,10 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
     caption_pad_ = weights.get("cap_pad_token", {1, dim});
 
     std::vector<at::Tensor> modulation_weights, modulation_biases;
-    // The refiners and what is computed once a call stay in full precision: they are 2 of 32 blocks and the ones that outliers
-    // pass first.
+    // What FP8 leaves in the weights' precision: what runs once a call (the caption's refiner, the embeddings of caption and time,
+    // the modulation) and would save nothing, and the first and the last product of a step, 64 numbers wide. No block and no
+    // product of a block is among them: kept in bfloat16, none of them brings a picture nearer to float32's by what it costs (the
+    // table is in docs/gpu.md).
     const auto load = [&](std::vector<Block>& blocks, const char* name, int64_t count, bool modulated, Products products) {
         for (int64_t i = 0; i < count; ++i) {
             const Weights block_weights = weights.below(concat(name, '.', i, '.'));
@@ -113,7 +115,7 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
         }
         for (int64_t i = 0; i < count; ++i) add_lora_targets(concat(name, '.', i), blocks[static_cast<size_t>(i)]);
     };
-    load(noise_refiner_, "noise_refiner", config.num_refiner_layers, true, Products::plain);
+    load(noise_refiner_, "noise_refiner", config.num_refiner_layers, true, placement_.products);
     load(context_refiner_, "context_refiner", config.num_refiner_layers, false, Products::plain);
     load(layers_, "layers", config.num_layers, true, placement_.products);
     if (!modulation_weights.empty()) modulation_ = Linear(at::cat(modulation_weights), at::cat(modulation_biases));

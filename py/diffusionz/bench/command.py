@@ -19,9 +19,9 @@ def gpu(args: argparse.Namespace) -> dict[str, Any]:
     from diffusionz._ffi import lib
     from diffusionz.bench import gpu, table
 
-    for family in args.only:
-        if family not in gpu.FAMILIES:
-            raise ArgumentError(f'--only has "{family}"; it must be of {", ".join(gpu.FAMILIES)}')
+    gpu.parts_of(args.only)
+    if args.limit is not None and not args.limit > 0:
+        raise ArgumentError(f"--limit is {args.limit:g}; it must be over 0")
     if args.device == "cpu":
         raise ArgumentError("--gpu measures a GPU; --device is cpu")
     if lib.diffusionz_device_count() < 1:
@@ -31,7 +31,7 @@ def gpu(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(f"{about['cpu']}; {about['versions']}")
     families = tuple(args.only) or gpu.FAMILIES
-    rows = gpu.run(gpu.Options(device, families, args.model, args.peers, args.scratch), _say)
+    rows = gpu.run(gpu.Options(device, families, args.model, args.peers, args.scratch, args.limit), _say)
     if args.record is not None:
         table.write_csv(args.record, rows, about)
     if not args.json:
@@ -66,6 +66,9 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     else:
         rows = quality.compare_pictures(model, args.precision, args.device, args.pictures, args.size, args.output, _say)
         text = quality.pictures_table(rows)
+        about["gate"] = quality.gate(rows, args.precision)
+        if about["gate"]:
+            text += "\n\n" + quality.gate_table(about["gate"])
         if args.layers:
             about["layers"] = quality.compare_layers(model, args.precision, args.device, args.size, _say)
             text += "\n\n" + quality.layers_table(about["layers"])

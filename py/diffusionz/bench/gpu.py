@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from diffusionz._errors import DiffusionzError
+from diffusionz._errors import ArgumentError, DiffusionzError
 from diffusionz.bench.table import Row, percentile
 from diffusionz.bench.work import HISTORY, HORIZON, PROMPT, SEED, STEPS, STREAM_ROWS, prompt, series
 
-FAMILIES = ("zimage", "chronos2")
+PARTS = {"zimage": ("pictures", "webp", "load"), "chronos2": ("forecasts",)}  # of each family, as they are measured
+FAMILIES = tuple(PARTS)
 SIDES = (1024, 512)  # pixels
 ZIMAGE_PRECISIONS = ("bfloat16", "fp8")
 CHRONOS_PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
@@ -46,7 +47,7 @@ GOALS = {
     ("WebP, added to a picture of a batch", "1024x1024", "bfloat16"): 5.0,
     ("WebP, added to a picture alone", "1024x1024", "bfloat16"): 40.0,
     ("process start to first picture", "1024x1024", "bfloat16"): 15.0,
-    ("model load", "20 GB", "bfloat16"): 12.0,
+    ("model load", "all weights", "bfloat16"): 12.0,
 } | {
     key: goal
     for precision in CHRONOS_PRECISIONS[1:]
@@ -67,25 +68,55 @@ class Wrong(DiffusionzError):
 @dataclasses.dataclass
 class Options:
     device: str = "cuda:0"
-    only: Sequence[str] = FAMILIES
+    only: Sequence[str] = FAMILIES  # families, or parts of them
     model: str | None = None  # a folder of either family; None draws random ones
     peers: bool = False
     scratch: str | None = None
+    limit: float | None = None  # seconds after which nothing more is begun
+
+
+def parts_of(only: Sequence[str]) -> dict[str, list[str]]:
+    """family -> its parts that `only` names, itself or by the family. Raises ArgumentError."""
+    known = [*PARTS, *(part for parts in PARTS.values() for part in parts)]
+    for name in only:
+        if name not in known:
+            raise ArgumentError(f'--only has "{name}"; it must be of {", ".join(known)}')
+    wanted = {family: [part for part in parts if {family, part} & set(only)] for family, parts in PARTS.items()}
+    return {family: parts for family, parts in wanted.items() if parts}
+
+
+class _Clock:
+    """Says what a run that may last so many seconds has no time for."""
+
+    def __init__(self, limit: float | None, say: Say) -> None:
+        self.end, self.say = None if limit is None else time.monotonic() + limit, say
+
+    def left(self) -> float | None:
+        return None if self.end is None else max(self.end - time.monotonic(), 0.0)
+
+    def has_time_for(self, what: str) -> bool:
+        if self.left() == 0:
+            self.say(f"{what}: not measured, the time is over")
+        return self.left() != 0
 
 
 def run(options: Options, say: Say) -> list[Row]:
     """Every row. `say` is told what goes on."""
     rows: list[Row] = []
+    clock = _Clock(options.limit, say)
     with tempfile.TemporaryDirectory(prefix="diffusionz-bench-", dir=options.scratch) as scratch:
-        for family in options.only:
+        for family, parts in parts_of(options.only).items():
+            if not clock.has_time_for(family):
+                continue
             with _model(family, options.model, scratch, say) as folder:
                 if folder is None:
                     continue
-                measured, results = (_zimage if family == "zimage" else _chronos)(folder, options.device, say)
+                measure = _zimage if family == "zimage" else _chronos
+                measured, results = measure(folder, options.device, parts, clock)
                 for row in measured if _is_released(family, folder) else ():  # the goals are of those sizes
                     row.goal = GOALS.get((row.work, row.size, row.precision))
-                if options.peers:
-                    _peers(family, folder, scratch, measured, results, say)
+                if options.peers and clock.has_time_for(f"{family}'s peer"):
+                    _peers(family, folder, scratch, measured, results, clock)
                 rows += measured
     return rows
 
@@ -187,28 +218,33 @@ def times_ms(call: Callable[[int], object], runs: int, warm_ups: int) -> list[fl
 # --- Z-Image ---
 
 
-def _zimage(folder: str, device: str, say: Say) -> tuple[list[Row], Any]:
+def _zimage(folder: str, device: str, parts: Sequence[str], clock: _Clock) -> tuple[list[Row], Any]:
     rows: list[Row] = []
     first: Any = None
     for precision in ZIMAGE_PRECISIONS:
+        if not clock.has_time_for(f"zimage, {precision}"):
+            break
         begin = time.perf_counter()
         try:
             model = _open_zimage(folder, device, precision)
         except DiffusionzError as error:
-            say(f"zimage, {precision}: {error}")
+            clock.say(f"zimage, {precision}: {error}")
             continue
         load = time.perf_counter() - begin
         with model:
             picture = model.generate(PROMPT, width=512, height=512, steps=STEPS, seed=SEED).pixels
             check_picture(picture)
             first = picture if first is None else first
-            weights = f"{model.memory['weights_bytes'] / 1e9:.0f} GB"
-            rows.append(Row("model load", weights, precision, "s", [load]))
-            rows += picture_rows(model, precision)
-            if precision == ZIMAGE_PRECISIONS[0]:
+            if "load" in parts:
+                rows.append(Row("model load", "all weights", precision, "s", [load]))
+            if "pictures" in parts:
+                rows += picture_rows(model, precision)
+            if "webp" in parts and precision == ZIMAGE_PRECISIONS[0] and clock.has_time_for("webp"):
                 rows += webp_rows(model, precision)
-        say(f"zimage, {precision}: done")
-    for precision in dict.fromkeys(row.precision for row in rows):
+        clock.say(f"zimage, {precision}: done")
+    for precision in dict.fromkeys(row.precision for row in rows if "load" in parts):
+        if not clock.has_time_for(f"zimage, {precision}, process start to first picture"):
+            break
         command = [sys.executable, "-m", "diffusionz", "generate", PROMPT, "-q", "--model", folder, "--device", device]
         sizes = ["--width", "1024", "--height", "1024", "--precision", precision]
         with tempfile.TemporaryDirectory() as out:
@@ -281,7 +317,7 @@ def webp_rows(model: Any, precision: str, side: int = 1024, count: int = 4, roun
 # --- Chronos-2 ---
 
 
-def _chronos(folder: str, device: str, say: Say) -> tuple[list[Row], Any]:
+def _chronos(folder: str, device: str, parts: Sequence[str], clock: _Clock) -> tuple[list[Row], Any]:
     import numpy
 
     from diffusionz.chronos2 import Chronos2
@@ -289,10 +325,12 @@ def _chronos(folder: str, device: str, say: Say) -> tuple[list[Row], Any]:
     rows: list[Row] = []
     truth: Any = None
     for precision in CHRONOS_PRECISIONS:
+        if not clock.has_time_for(f"chronos2, {precision}"):
+            break
         try:
             model = Chronos2(folder, device=device, precision=precision)
         except DiffusionzError as error:
-            say(f"chronos2, {precision}: {error}")
+            clock.say(f"chronos2, {precision}: {error}")
             continue
         with model:
             found = model.forecast(series(448), HORIZON, None).quantiles
@@ -302,8 +340,9 @@ def _chronos(folder: str, device: str, say: Say) -> tuple[list[Row], Any]:
             error_share = float(numpy.abs(found - truth).mean() / truth.std())
             if error_share > _CLOSE:
                 raise Wrong(f"not timed: forecasts in {precision} are {error_share:.1%} of their deviation off")
-            say(f"chronos2, {precision}: {error_share:.1e} of the forecasts' deviation from float32's")
-            rows += forecast_rows(model, precision)
+            clock.say(f"chronos2, {precision}: {error_share:.1e} of the forecasts' deviation from float32's")
+            if "forecasts" in parts:
+                rows += forecast_rows(model, precision)
     return rows, truth
 
 
@@ -352,13 +391,15 @@ def offer(rows: list[Row], found: dict[str, Any]) -> None:
             row.offer(found["name"], found["values"])
 
 
-def _peers(family: str, folder: str, scratch: str, rows: list[Row], ours: Any, say: Say) -> None:
+def _peers(family: str, folder: str, scratch: str, rows: list[Row], ours: Any, clock: _Clock) -> None:
     """Measures the peer in a process of its own, and sets its best times beside ours, whatever its precision: what a
-    peer does not have, it cannot be beaten in."""
+    peer does not have, it cannot be beaten in. When the time is over the process ends, and what it said stays."""
     import importlib.util
+    import threading
 
     import numpy
 
+    say = clock.say
     package = {"zimage": "diffusers", "chronos2": "chronos"}[family]
     if importlib.util.find_spec(package) is None:
         say(f"{family}: no peer, {package} is not installed")
@@ -367,6 +408,10 @@ def _peers(family: str, folder: str, scratch: str, rows: list[Row], ours: Any, s
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
+        left = clock.left()
+        timer = None if left is None else threading.Timer(left, process.kill)
+        if timer is not None:
+            timer.start()
         for line in process.stdout:
             if not line.startswith("{"):
                 continue
@@ -376,7 +421,10 @@ def _peers(family: str, folder: str, scratch: str, rows: list[Row], ours: Any, s
                 continue
             say(f"{found['name']}: {found['work']} {found['size']}: {percentile(found['values'], 0.5):.4g}")
             offer(rows, found)
-        if process.wait():
+        failed = process.wait() != 0
+        if timer is not None:
+            timer.cancel()
+        if failed and clock.has_time_for(f"the rest of {family}'s peer"):
             errors.seek(0)
             say(f"{family}: the peer failed: {' '.join(errors.read()[-600:].split())}")
     kept = os.path.join(scratch, {"zimage": "picture.npy", "chronos2": "forecast.npy"}[family])
