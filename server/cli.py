@@ -80,13 +80,13 @@ def add_ps(parser: argparse.ArgumentParser) -> None:
 def serve(args: argparse.Namespace) -> int:
     if sys.version_info < (3, 11):
         raise ImportError(f"the server needs Python 3.11 or later; this is {sys.version.split()[0]}")
-    if args.precision == "nvfp4" or os.environ.get("ENABLE_NVFP4") == "1":
-        raise DiffusionzError(_no_nvfp4())
     try:
         from diffusionz.server import serve as server
         from diffusionz.server import settings
         from diffusionz.server.models import Spec
 
+        if os.environ.get("ENABLE_NVFP4") == "1":
+            raise DiffusionzError(settings.no_nvfp4())
         given = {
             name: getattr(args, name)
             for name in (
@@ -106,9 +106,9 @@ def serve(args: argparse.Namespace) -> int:
             )
         }
         given["preload"] = tuple(args.preload) if args.preload else None
-        given["log_format"] = given["log_format"] or ("text" if sys.stderr.isatty() else "json")
+        defaults: dict[str, Any] = {"log_format": "text" if sys.stderr.isatty() else "json"}
         if args.config is None and not (args.free or args.dev or args.payments) and os.path.exists(PAYMENTS_CONFIG):
-            given["payments"] = PAYMENTS_CONFIG
+            defaults["payments"] = PAYMENTS_CONFIG
         options: dict[str, dict[str, Any]] = {
             "zimage": {"device": args.device, "precision": args.precision, "max_vram": args.max_vram},
             "chronos2": {
@@ -117,15 +117,16 @@ def serve(args: argparse.Namespace) -> int:
             },
         }
         options = {family: {k: v for k, v in about.items() if v is not None} for family, about in options.items()}
-        if args.zimage or args.chronos2 or args.config is None:
-            given["models"] = tuple(
-                Spec(*_named(text, family), options[family])
-                for family, texts in (("zimage", args.zimage), ("chronos2", args.chronos2))
-                for text in texts or [f"{family}-demo"]
-            )
-        elif any(options.values()):
+        defaults["models"] = tuple(
+            Spec(*_named(text, family), options[family])
+            for family, texts in (("zimage", args.zimage), ("chronos2", args.chronos2))
+            for text in texts or [f"{family}-demo"]
+        )
+        given["models"] = defaults["models"] if args.zimage or args.chronos2 else None
+        loaded = settings.load(args.config, defaults, **given)
+        if any(options.values()) and loaded.models != defaults["models"]:
             raise ArgumentError("--device, --precision and --max-vram are said of each model in --config")
-        return server.run(settings.load(args.config, **given))
+        return server.run(loaded)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "diffusionz":
             raise
@@ -144,17 +145,6 @@ def _named(text: str, family: str) -> tuple[str, str, str]:
     if not name or not model or len(name) > 200 or not name.isprintable():
         raise ArgumentError(f"--{family} is {text!r}; it must be MODEL or NAME=MODEL")
     return name, family, model
-
-
-def _no_nvfp4() -> str:
-    from diffusionz.describe import describe_library
-
-    gpus = [device for device in describe_library()["devices"] if device["device"] != "cpu"]
-    have = ", ".join(f"{gpu['name']} ({gpu['compute_capability'] / 10:.1f})" for gpu in gpus) or "no GPU"
-    return (
-        "NVFP4 is not in this version yet, and needs a GPU of compute capability 10.0 or later; this machine has "
-        f"{have}. Use --precision fp8 (8.9 or later), or leave --precision away"
-    )
 
 
 def ps(args: argparse.Namespace) -> int:

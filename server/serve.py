@@ -15,8 +15,9 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from diffusionz import ArgumentError
+from diffusionz import ArgumentError, DiffusionzError
 from diffusionz._context import byte_count
+from diffusionz.hub import locate
 from diffusionz.server import logs, providers
 from diffusionz.server.app import create_app
 from diffusionz.server.forecasts import Forecasts
@@ -47,6 +48,11 @@ async def _serve(settings: Settings) -> int:
         budget_bytes=byte_count("memory_budget", settings.memory_budget),
         keep_alive_s=parse_keep_alive(settings.keep_alive),
     )
+    for spec in settings.models:
+        try:
+            locate(spec.model, spec.family)
+        except DiffusionzError as error:  # it may come yet, and the others can be served
+            logger.warning("model %s is not there: %s", spec.name, error)
     with _listening(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

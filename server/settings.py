@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from typing import Any
 
 import tomllib
 
-from diffusionz import ArgumentError
+from diffusionz import ArgumentError, DiffusionzError
 from diffusionz._context import byte_count
 from diffusionz.server.limits import Limits
 from diffusionz.server.models import FAMILIES, Spec, parse_keep_alive
@@ -31,9 +32,10 @@ from diffusionz.server.problems import Problem
 
 PORT = 8100
 _OPTIONS = {
-    "zimage": {"device", "precision", "max_vram", "cuda_graphs", "threads"},
-    "chronos2": {"device", "precision", "threads", "lora", "working_memory_bytes"},
+    "zimage": {"device": "str", "precision": "str", "max_vram": "int | str", "cuda_graphs": "bool", "threads": "int"},
+    "chronos2": {"device": "str", "precision": "str", "threads": "int", "lora": "str", "working_memory_bytes": "int"},
 }
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "str": (str,), "float": (float, int)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Settings:
         )
 
     def __post_init__(self) -> None:
-        """Raises ArgumentError."""
+        """Raises ArgumentError; DiffusionzError for what is not in this version."""
         if not 0 <= self.port <= 65535:
             raise ArgumentError(f"port is {self.port}; it must be 0..65535")
         modes = [name for name in ("free", "dev", "payments") if getattr(self, name)]
@@ -119,16 +121,26 @@ class Settings:
         for name in self.preload:
             if name not in names:
                 raise ArgumentError(f"preload has {name!r}; the models are: {', '.join(names)}")
+        for spec in self.models:
+            precision, known = spec.options.get("precision", "auto"), FAMILIES[spec.family]._PRECISIONS
+            if precision == "nvfp4":
+                raise DiffusionzError(no_nvfp4())
+            if precision not in known:
+                raise ArgumentError(f"{spec.name}: precision is {precision!r}; it must be one of {', '.join(known)}")
         byte_count("memory_budget", self.memory_budget)
+        if not 0 <= self.drain_s <= 86400:
+            raise ArgumentError(f"drain_s is {self.drain_s:g}; it must be 0..86400 seconds")
+        if self.log_format not in ("json", "text"):
+            raise ArgumentError(f"log_format is {self.log_format!r}; it must be json or text")
         try:
             parse_keep_alive(self.keep_alive)
         except Problem as problem:
             raise ArgumentError(str(problem)) from None
 
 
-def load(path: str | None = None, **given: Any) -> Settings:
-    """The settings of a file, where there is one, and what is given beside it, which wins; None is not given. Raises
-    ArgumentError, OSError."""
+def load(path: str | None = None, defaults: Mapping[str, Any] | None = None, **given: Any) -> Settings:
+    """The settings of a file, where there is one, and what is given beside it, which wins; None is not given.
+    defaults: for what neither says. Raises ArgumentError, DiffusionzError, OSError."""
     values: dict[str, Any] = {}
     if path is not None:
         with open(path, "rb") as file:
@@ -136,27 +148,56 @@ def load(path: str | None = None, **given: Any) -> Settings:
                 values = tomllib.load(file)
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise ArgumentError(f"{path}: {error}") from None
-    known = {field.name for field in dataclasses.fields(Settings)}
-    for key in values:
-        if key not in known:
-            raise ArgumentError(f"{path}: {_unknown(key, known)}")
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Settings)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ArgumentError(f"{path}: {_unknown(key, set(fields))}")
+        if not _is(value, fields[key]):
+            raise ArgumentError(f"{path}: {key} is {value!r}; it must be {_said(fields[key])}")
     if "limits" in values:
         values["limits"] = _limits(values["limits"], path)
     if "models" in values:
+        if not isinstance(values["models"], Mapping):
+            raise ArgumentError(f"{path}: models must be tables, such as [models.zimage-turbo]")
         values["models"] = tuple(_spec(name, about, path) for name, about in values["models"].items())
-    for key in ("preload",):
-        if key in values:
-            values[key] = tuple(values[key])
-    values |= {key: value for key, value in given.items() if value is not None}
+    if "preload" in values:
+        if not isinstance(values["preload"], list) or not all(isinstance(name, str) for name in values["preload"]):
+            raise ArgumentError(f"{path}: preload is {values['preload']!r}; it must be a list of models' names")
+        values["preload"] = tuple(values["preload"])
+    given = {key: value for key, value in given.items() if value is not None}
+    if any(name in given for name in ("free", "dev", "payments")):  # who pays is one choice
+        for name in ("free", "free_for_all", "dev", "payments"):
+            values.pop(name, None)
+    values = {**(defaults or {}), **values, **given}
     values.setdefault("admin_token", os.environ.get("DIFFUSIONZ_ADMIN_TOKEN"))
-    for field in dataclasses.fields(Settings):
-        if field.name in values and field.type in ("int", "bool", "str", "float"):
-            allowed = {"int": int, "bool": bool, "str": str, "float": (int, float)}[field.type]
-            if not isinstance(values[field.name], allowed) or (
-                field.type == "int" and isinstance(values[field.name], bool)
-            ):  # type: ignore[arg-type]
-                raise ArgumentError(f"{field.name} is {values[field.name]!r}; it must be a {field.type}")
     return Settings(**values)
+
+
+def _is(value: Any, kinds: str) -> bool:
+    """Whether a file's value is of a type, such as "int | str | None"; true of types that are looked at elsewhere."""
+    names = [name for name in kinds.split(" | ") if name != "None"]
+    if not _TYPES.keys() >= set(names):
+        return True
+    if isinstance(value, bool):  # which is an int to Python
+        return "bool" in names
+    return any(isinstance(value, _TYPES[name]) for name in names)
+
+
+def _said(kinds: str) -> str:
+    words = {"int": "a whole number", "bool": "true or false", "str": "a string", "float": "a number"}
+    return " or ".join(words[name] for name in kinds.split(" | ") if name != "None")
+
+
+def no_nvfp4() -> str:
+    """What to say to who asks for it."""
+    from diffusionz.describe import describe_library
+
+    gpus = [device for device in describe_library()["devices"] if device["device"] != "cpu"]
+    have = ", ".join(f"{gpu['name']} ({gpu['compute_capability'] / 10:.1f})" for gpu in gpus) or "no GPU"
+    return (
+        "NVFP4 is not in this version yet, and needs a GPU of compute capability 10.0 or later; this machine has "
+        f"{have}. Use --precision fp8 (8.9 or later), or leave --precision away"
+    )
 
 
 def is_loopback_host(host: str) -> bool:
@@ -169,12 +210,12 @@ def is_loopback_host(host: str) -> bool:
 def _limits(values: Any, path: str | None) -> Limits:
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{path}: limits is {values!r}; it must be a table")
-    known = {field.name for field in dataclasses.fields(Limits)}
+    known = {field.name: str(field.type) for field in dataclasses.fields(Limits)}
     for key, value in values.items():
         if key not in known:
-            raise ArgumentError(f"{path}: limits: {_unknown(key, known)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ArgumentError(f"{path}: limits.{key} is {value!r}; it must be a number above 0")
+            raise ArgumentError(f"{path}: limits: {_unknown(key, set(known))}")
+        if not _is(value, known[key]) or not 0 < value < math.inf:
+            raise ArgumentError(f"{path}: limits.{key} is {value!r}; it must be {_said(known[key])} above 0")
     return Limits(**values)
 
 
@@ -184,9 +225,12 @@ def _spec(name: str, about: Any, path: str | None) -> Spec:
             f"{path}: models.{name} must say family ({' or '.join(FAMILIES)}) and model (a folder, a name, a hub id)"
         )
     options = {key: value for key, value in about.items() if key not in ("family", "model")}
-    for key in options:
-        if key not in _OPTIONS[about["family"]]:
-            raise ArgumentError(f"{path}: models.{name}: {_unknown(key, _OPTIONS[about['family']])}")
+    known = _OPTIONS[about["family"]]
+    for key, value in options.items():
+        if key not in known:
+            raise ArgumentError(f"{path}: models.{name}: {_unknown(key, set(known))}")
+        if not _is(value, known[key]):
+            raise ArgumentError(f"{path}: models.{name}: {key} is {value!r}; it must be {_said(known[key])}")
     return Spec(name, about["family"], about["model"], options)
 
 
