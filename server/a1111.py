@@ -159,7 +159,7 @@ class Desk:
         state = state_of(request)
         caller = await _caller(request)
         body = await json_body(request)
-        given = decode(body, dict[str, Any])  # type: ignore[type-abstract]
+        given = decode(body, dict[str, Any])
         fields = convert(given, kind)
         pictures = state.service("zimage")
         assert isinstance(pictures, Pictures)
@@ -272,7 +272,7 @@ class Desk:
                     "CLIP_stop_at_last_layers": 1,
                 }
             )
-        given = decode(await json_body(request), dict[str, Any])  # type: ignore[type-abstract]
+        given = decode(await json_body(request), dict[str, Any])
         name = convert(given, Options).sd_model_checkpoint
         if name is not None:
             with called({"model": "sd_model_checkpoint"}):

@@ -280,7 +280,7 @@ class _Told:
             return [("error", {"error": job.problem.body(job.request_id)["error"]})]
         if name != "job.completed" or job.result is None:
             return []
-        about |= {"usage": _USAGE, "cost": job.cost, "id": job.id}
+        of_all: dict[str, Any] = {"usage": _USAGE, "cost": job.cost, "id": job.id}
         return [
             (
                 f"{self.prefix}.completed",
@@ -291,7 +291,8 @@ class _Told:
                     "seed": image["seed"],
                     "index": i,
                 }
-                | about,
+                | about
+                | of_all,
             )
             for i, (image, file) in enumerate(
                 zip(orjson.loads(job.result.json)["images"], job.result.files, strict=True)

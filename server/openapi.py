@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 import diffusionz
 from diffusionz.server import a1111, accounts, api, openai, sagemaker
+from diffusionz.server.caller import COOKIE
 from diffusionz.server.calls import state_of
 from diffusionz.server.models import FAMILIES
 from diffusionz.server.page import Content
@@ -612,7 +613,7 @@ def document(state: State, routes: list[tuple[str, str]]) -> dict[str, Any]:
                 "session": {
                     "type": "apiKey",
                     "in": "cookie",
-                    "name": accounts.COOKIE,
+                    "name": COOKIE,
                     "description": "Of a browser that signed in.",
                 },
                 "operator": {"type": "http", "scheme": "bearer", "description": "DIFFUSIONZ_ADMIN_TOKEN."},

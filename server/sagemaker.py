@@ -25,6 +25,7 @@ from diffusionz.server.calls import json_body, json_response, state_of
 from diffusionz.server.decoding import called, decode
 from diffusionz.server.forecasts import Forecasts, Series, Task, to_array, to_series
 from diffusionz.server.jobs import Job, Order, Result
+from diffusionz.server.lanes import Lane
 from diffusionz.server.problems import Problem, invalid
 from diffusionz.server.schemas import ForecastBatchRequest, Number
 
@@ -130,8 +131,8 @@ class Invocations:
     """The service chronos2, for requests and answers in the container's words."""
 
     name = "chronos2"
-    schema = Invocation
-    lane = None
+    schema: type[Struct] = Invocation
+    lane: Lane | None = None
 
     def __init__(self, forecasts: Forecasts) -> None:
         self._forecasts = forecasts
@@ -176,7 +177,9 @@ class Invocations:
                 for schema, places in groups.items()
             ]
         # pandas counts the steps: on a thread, as it is imported here, and takes its time.
-        starts = await asyncio.to_thread(_starts, invocation) if _timed(invocation) else [None] * len(inputs)
+        starts: list[str | None] = [None] * len(inputs)
+        if _timed(invocation):
+            starts = await asyncio.to_thread(_starts, invocation)
         return Order(self, _Plan(invocation, levels, tasks, starts), units=sum(item.targets for item in items))
 
     async def run(self, job: Job) -> list[bytes]:
@@ -189,10 +192,11 @@ class Invocations:
         for (_, places), answer in zip(plan.tasks, raw, strict=True):
             for i, made in zip(places, orjson.loads(answer), strict=True):
                 # A target that came as a list of series is answered so, of one series, too.
-                pick = (lambda rows: rows) if _nested(inputs[i]) else (lambda rows: rows[0])
-                one = {"mean": pick(made["mean"])}
+                nested = _nested(inputs[i])
                 of = dict(zip(plan.levels, made["quantiles"], strict=True))
-                one |= {str(level): pick(of[level]) for level in plan.invocation.parameters.quantile_levels}
+                rows = {"mean": made["mean"]}
+                rows |= {str(level): of[level] for level in plan.invocation.parameters.quantile_levels}
+                one = {name: value if nested else value[0] for name, value in rows.items()}
                 about = {"item_id": inputs[i].item_id, "start": plan.starts[i]}
                 predictions[i] = one | {name: value for name, value in about.items() if value is not None}
         return Result(orjson.dumps({"predictions": predictions}))

@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 from diffusionz import ZImage
-from tests.server.conftest import Customer, Running
+from tests.server.conftest import Customer, Running, Start
 
 RED = "a red circle on a blue background"
 
@@ -71,6 +71,15 @@ def test_several_as_webp_by_absolute_urls(client: openai.OpenAI, free_server: Ru
         file = httpx2.get(image.url)
         assert file.headers["content-type"] == "image/webp"
         assert PIL.Image.open(io.BytesIO(file.content)).size == (128, 192)
+
+
+def test_urls_of_a_server_behind_a_proxy(start: Start) -> None:
+    with start("--free", "--public-url", "https://pictures.example") as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            body = {"num_inference_steps": 1}
+            made = client.images.generate(prompt=RED, size="64x64", response_format="url", extra_body=body)
+        assert made.data and (made.data[0].url or "").startswith("https://pictures.example/api/jobs/")
+        assert "https://pictures.example/generate" in httpx2.get(server.url + "/llms.txt").text
 
 
 def test_what_openai_has_and_a_picture_here_has_not_does_no_harm(client: openai.OpenAI) -> None:
