@@ -285,6 +285,8 @@ def _starts(invocation: Invocation) -> list[str | None]:
         step = pandas.tseries.frequencies.to_offset(freq)
     except ValueError:
         raise invalid(f"freq is {freq!r}, which pandas does not know", "parameters.freq") from None
+    if step.n < 1:
+        raise invalid(f"freq is {freq!r}; time must go forward", "parameters.freq")
     starts: list[str | None] = []
     for i, one in enumerate(invocation.inputs):
         try:

@@ -147,6 +147,7 @@ PAST = ONE | {"past_covariates": {"x": A}}
     ([ONE | {"start": "2024-01-01"}], {}, "parameters.freq", "come together"),
     ([ONE | {"start": "yesterday"}], {"freq": "1h"}, "inputs[0].start", "ISO 8601"),
     ([ONE | {"start": "2024-01-01"}], {"freq": "often"}, "parameters.freq", "pandas"),
+    ([ONE | {"start": "2024-01-01"}], {"freq": "-1D"}, "parameters.freq", "forward"),
     ([ONE | {"start": "2024-01-01"}], {"freq": "99999YE"}, "inputs[0].start", "beyond"),
     ([ONE | {"item_id": "a"}, ONE | {"item_id": "a"}], {}, "inputs[1].item_id", "one's alone"),
     ([ONE | {"past_covariates": {"x": [1]}}], {}, "inputs[0].past_covariates.x", "must have 9"),
