@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
@@ -54,7 +54,7 @@ def create_app(
     ]
     # Errors that have a meaning are named: Starlette raises again, into the log, what only Exception's handler answers.
     handlers: dict[Any, Any] = {HTTPException: _refused, Problem: _problem, Exception: _problem}
-    handlers[DiffusionzError] = _problem
+    handlers |= {DiffusionzError: _problem, ClientDisconnect: _left}
     if ledger is not None:
         from diffusionz.payments.errors import PaymentsError
 
@@ -102,6 +102,11 @@ def _page(state: State) -> page.Context:
 async def _problem(request: Request, error: Exception) -> Response:
     request_id = request.scope.get("request_id")
     return problem_of(error, request_id).response(request_id)
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """The client has left before its request was all here. Nobody reads this; the status is for the metrics."""
+    return Response(status_code=499)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

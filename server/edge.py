@@ -8,7 +8,6 @@ import logging
 import re
 import secrets
 import time
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -62,7 +61,7 @@ class Edge:
 
         try:
             if length is not None and length.isdigit() and int(length) > self.limits.body_bytes:
-                await self._too_large()(scope, receive, sending)
+                await self._too_large().response(scope["request_id"])(scope, receive, sending)
             else:
                 await self.app(scope, self._limited(receive), sending)
         finally:
@@ -105,19 +104,16 @@ class Edge:
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
                 if read > self.limits.body_bytes:
-                    raise self._too_large_problem()
+                    raise self._too_large()
                 if not message.get("more_body", False):
                     read = -1
             return message
 
         return receiving
 
-    def _too_large_problem(self) -> Problem:
+    def _too_large(self) -> Problem:
         return Problem(
             "too-large",
             f"the body is over {self.limits.body_bytes} bytes, which are allowed",
             headers={"connection": "close"},
         )
-
-    def _too_large(self) -> Any:
-        return self._too_large_problem().response()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -81,6 +82,9 @@ async def _serve(settings: Settings) -> int:
                 forwarded_allow_ips=settings.trusted_proxies,
             )
             server = _Server(config, app.parts.jobs, settings.drain_s)
+            # A body of many small lists sets off collections, which would look through all that stays as it is.
+            gc.collect()
+            gc.freeze()
             _announce(settings, f"http://{address}")
             await server.serve(sockets=[listener])
             return 0 if server.started else 1
