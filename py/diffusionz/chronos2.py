@@ -126,7 +126,8 @@ class Chronos2(Model):
                     "past_covariates": {name: [time]}, numbers or categories,
                     "future_covariates": {name: [prediction_length]}, of those whose future is known.
                 Whatever numpy can read is an array, torch's tensors too. NaN, None and NA are missing. Entries are
-                independent of each other; within one, all rows inform all.
+                independent of each other (but for a category of entries with several targets: its number is its place
+                among those of all entries); within one, all rows inform all.
             prediction_length: steps; None for the model's horizon of one pass. Longer ones are unrolled.
             quantile_levels: ascending, each between 0 and 1; None for the model's own. Levels between the model's are
                 interpolated, and those beyond its outermost are the outermost.
