@@ -2,6 +2,9 @@
 #
 #   make demo    installs, builds, draws out/demo.png and forecasts out/forecast.png with the bundled models
 #   make demo-payments   installs, and walks through the credit ledger on a chain of its own
+#   make inference   installs, and serves both bundled models at http://127.0.0.1:8100, free for this machine
+#   make inference-nvfp4   the same in NVFP4, or what the machine lacks for it
+#   make serve-dev   the same with a page that sells: a dev chain, a ledger and a faucet of its own
 #   make test    the same as demo, then runs every test
 #   make build   the library and the tests' programs in build/
 #   make clean   removes what the other targets made, .venv/ too
@@ -21,11 +24,11 @@ BUILD_PACKAGES := g++ cmake ninja-build pkg-config \
 # Debian's Python comes without what an environment and an extension need; others have it.
 PYTHON_PACKAGES = $(shell $(PYTHON) -c "import ensurepip, os, sysconfig; \
   exit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')))" 2>/dev/null || echo python3-venv python3-dev)
-TEST_PACKAGES := golang-go valgrind
+TEST_PACKAGES := golang-go valgrind chromium chromium-driver
 
-SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake diffusionz py payments -type f -not -path '*/__pycache__/*')
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake diffusionz py payments server -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo demo-payments test build clean
+.PHONY: demo demo-payments inference inference-nvfp4 serve-dev test build clean
 
 demo: $(STAMPS)/package
 	mkdir -p out
@@ -34,6 +37,15 @@ demo: $(STAMPS)/package
 
 demo-payments: $(STAMPS)/payments-package
 	$(BIN)/python examples/payments/demo.py
+
+inference: $(STAMPS)/server-package
+	$(BIN)/diffusionz serve --free
+
+inference-nvfp4: $(STAMPS)/server-package
+	ENABLE_NVFP4=1 $(BIN)/diffusionz serve --free
+
+serve-dev: $(STAMPS)/server-package
+	$(BIN)/diffusionz serve --dev
 
 test: $(STAMPS)/tests-package
 	$(BIN)/python -m pytest
@@ -55,10 +67,15 @@ $(STAMPS)/payments-package: $(SOURCES) $(STAMPS)/torch
 	$(BIN)/pip install --no-build-isolation -C build.tool-args=-j$(JOBS) ".[payments]"
 	touch $@ $(STAMPS)/package
 
+# The server has the ledger within it.
+$(STAMPS)/server-package: $(SOURCES) $(STAMPS)/torch
+	$(BIN)/pip install --no-build-isolation -C build.tool-args=-j$(JOBS) ".[server]"
+	touch $@ $(STAMPS)/package $(STAMPS)/payments-package
+
 $(STAMPS)/tests-package: $(SOURCES) $(wildcard tests/*/*.c tests/*/*.cc) $(STAMPS)/torch
 	@$(call install_packages,$(TEST_PACKAGES))
 	$(BIN)/pip install --no-build-isolation -C build.tool-args=-j$(JOBS) -C cmake.define.DIFFUSIONZ_TESTS=ON ".[test]"
-	touch $@ $(STAMPS)/package
+	touch $@ $(STAMPS)/package $(STAMPS)/payments-package $(STAMPS)/server-package
 
 $(STAMPS)/configured: CMakeLists.txt $(STAMPS)/torch
 	cmake -S . -B build -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DDIFFUSIONZ_TESTS=ON
