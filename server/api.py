@@ -79,7 +79,8 @@ async def generate(request: Request) -> Response:
     body = await json_body(request)
     asked = decode(body, _Head).response_format
     job, headers = await _direct(request, "zimage", body)
-    if asked in (None, "binary"):  # whatever Accept says: `curl --json ... -o out.webp` asks for JSON, and means the file
+    # Whatever Accept says: `curl --json ... -o out.webp` asks for JSON, and means the file.
+    if asked in (None, "binary"):
         response = calls.picture(request, job, headers) or _file(job, headers)
         assert response is not None
         return response

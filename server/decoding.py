@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -19,14 +19,15 @@ _FIELD = re.compile(r"(?:missing required|contains unknown) field `([^`]+)`")
 
 
 @cache
-def _decoder(kind: type[Value]) -> msgspec.json.Decoder[Value]:
+def _decoder(kind: Any) -> Any:  # a type is Hashable, which mypy says of no type[Value]
     return msgspec.json.Decoder(kind)
 
 
 def decode(body: bytes, kind: type[Value]) -> Value:
     """The JSON of `body` as a `kind`. Raises Problem."""
     try:
-        return _decoder(kind).decode(body)
+        value: Value = _decoder(cast(Any, kind)).decode(body)
+        return value
     except msgspec.ValidationError as error:
         raise _refusal(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -78,9 +78,14 @@ class Service(Protocol):
     """Something that can be asked for by name. One that is registered is priced, queued, shown and documented."""
 
     name: str
-    schema: type[msgspec.Struct]
-    lane: Lane | None
-    """Where its jobs take turns; None when it orders them by itself."""
+
+    @property
+    def schema(self) -> type[msgspec.Struct]:
+        """What its requests are."""
+
+    @property
+    def lane(self) -> Lane | None:
+        """Where its jobs take turns; None when it orders them by itself."""
 
     async def order(self, body: bytes) -> Order:
         """Decodes and checks a request's JSON. Raises Problem."""

@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 import orjson
@@ -166,12 +167,11 @@ class Pictures:
     async def finish(self, job: Job, raw: list[Image]) -> Result:
         request: ImageRequest = job.order.request[0]
         job.running("encode", job.step, job.step_count)
-        contents = await asyncio.gather(
-            *(
-                in_thread(self._codecs, lambda image=image: image.encode(request.format, quality=request.quality))
-                for image in raw
-            )  # type: ignore[misc]
-        )
+
+        def encoded(image: Image) -> bytes:
+            return image.encode(request.format, quality=request.quality)
+
+        contents = await asyncio.gather(*(in_thread(self._codecs, partial(encoded, image)) for image in raw))
         files = tuple(File(content, f"image/{request.format}") for content in contents)
         images = []
         for i, (image, file) in enumerate(zip(raw, files, strict=True)):

@@ -22,6 +22,7 @@ from diffusionz.hub import locate
 from diffusionz.server import logs, providers
 from diffusionz.server.app import create_app
 from diffusionz.server.forecasts import Forecasts
+from diffusionz.server.jobs import Service
 from diffusionz.server.metrics import Metrics
 from diffusionz.server.models import Models, parse_keep_alive
 from diffusionz.server.pictures import Pictures
@@ -59,7 +60,7 @@ async def _serve(settings: Settings) -> int:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         async with contextlib.AsyncExitStack() as stack:
             ledger = await _ledger(settings, address, stack)
-            services = [
+            services: list[Service] = [
                 Pictures(models, settings.limits, devices=settings.device_count),
                 Forecasts(models, settings.limits, metrics),
                 *await stack.enter_async_context(

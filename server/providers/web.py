@@ -226,4 +226,4 @@ async def _within(seconds: float) -> AsyncIterator[None]:
 
 def _backoff_s(attempt: int) -> float:
     # Jittered: those who failed together must not come back together.
-    return min(BACKOFF_S * 2**attempt, BACKOFF_MAX_S) * random.uniform(0.5, 1.5)
+    return min(BACKOFF_S * 2.0**attempt, BACKOFF_MAX_S) * random.uniform(0.5, 1.5)

@@ -194,12 +194,16 @@ def test_without_torch_the_error_says_what_to_install() -> None:
 
 def test_types_and_style(tmp_path: pathlib.Path) -> None:
     """mypy strict and ruff find nothing."""
-    folders = ("py", "payments", "tests/python", "tests/cli", "tests/abi", "tests/payments", "cmake", "examples")
-    # mypy is shown payments/ where it installs to.
+    folders = (
+        "py", "payments", "server", "tests/python", "tests/cli", "tests/abi", "tests/payments", "tests/server", "cmake",
+        "examples",
+    )  # fmt: skip
+    # mypy is shown payments/ and server/ where they install to.
     (tmp_path / "diffusionz").mkdir()
-    (tmp_path / "diffusionz" / "payments").symlink_to(ROOT / "payments")
-    payments = ["--explicit-package-bases", "--namespace-packages", str(tmp_path / "diffusionz" / "payments")]
-    for command in (["mypy"], ["mypy", *payments], ["ruff", "check", *folders]):
+    for name in ("payments", "server"):
+        (tmp_path / "diffusionz" / name).symlink_to(ROOT / name)
+    beside = ["--explicit-package-bases", "--namespace-packages", str(tmp_path / "diffusionz")]
+    for command in (["mypy"], ["mypy", *beside], ["ruff", "check", *folders]):
         done = subprocess.run(
             [sys.executable, "-m", *command],
             cwd=ROOT,
