@@ -66,7 +66,9 @@ class Forecasts:
     def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
         self._models = models
         self._limits = limits
-        self._batcher = Batcher(models, metrics, limits.rows)
+        self._metrics = metrics
+        self._batchers: dict[str, Batcher] = {}  # model -> its own: one that is being loaded holds up no other
+        self._thread = ThreadPoolExecutor(1, "diffusionz-forecast")  # of all: the device does one call at a time
 
     async def order(self, body: bytes) -> Order:
         if decode(body, _Peek).series:
@@ -174,7 +176,10 @@ class Forecasts:
 
     async def forecast(self, task: Task) -> bytes:
         """The JSON of the task's result."""
-        return await self._batcher.forecast(task)
+        name = task.shared[0]
+        if name not in self._batchers:
+            self._batchers[name] = Batcher(self._models, self._metrics, self._limits.rows, self._thread)
+        return await self._batchers[name].forecast(task)
 
     def _with_covariates(
         self, request: ForecastRequest, target: Any, length: int
@@ -232,7 +237,7 @@ class _Asked:
 
 
 class Batcher:
-    """Makes one engine call of the tasks that are there when the engine is free.
+    """Makes one engine call of a model's tasks that are there when the engine is free.
 
     While it works the next tasks gather. When several came together last time, it waits a little for as many to come
     again, since clients that were answered together ask together; one that is alone never waits. A call takes as much
@@ -242,14 +247,14 @@ class Batcher:
     TARGET_S = 0.1
     WINDOW_S = 0.005  # at most, and a quarter of the last call's time
 
-    def __init__(self, models: Models, metrics: Metrics, rows: int) -> None:
+    def __init__(self, models: Models, metrics: Metrics, rows: int, thread: ThreadPoolExecutor) -> None:
         self._models = models
         self._metrics = metrics
         self._rows = rows
         self._pending: list[_Asked] = []
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "diffusionz-forecast")
+        self._thread = thread
         self._last_count = 1
         self._last_s = 0.0
         self._s_per_work = 0.0  # a running mean
@@ -340,22 +345,23 @@ class Batcher:
         work = sum(task.work for task in tasks)
         # What takes longer than a moment is watched, so that it can be stopped; watching has its price.
         watch = on_progress if work * self._s_per_work > self.TARGET_S or not self._s_per_work else None
-        began = time.perf_counter()
+
+        def call() -> tuple[list[bytes], float]:
+            began = time.perf_counter()
+            return forecast(model, tasks, watch), time.perf_counter() - began
+
         try:
-            answers: list[bytes | Exception] = list(
-                await in_thread(self._thread, lambda: forecast(model, tasks, watch), stop)
-            )
+            made, self._last_s = await in_thread(self._thread, call, stop)
         except (DiffusionzError, MemoryError) as error:
             if len(batch) == 1:
                 return [error]
             # One task's fault, or too many for the memory, is not the others': each by itself.
             waiting = [[asked] if not asked.answer.done() else [] for asked in batch]
             return [(await self._call(model, alone))[0] if alone else error for alone in waiting]
-        self._last_s = time.perf_counter() - began
         mean = self._s_per_work or self._last_s / work
         self._s_per_work = mean + 0.2 * (self._last_s / work - mean)
         self._metrics.batch_series.observe(sum(sum(task.targets) for task in tasks))
-        return answers
+        return list(made)
 
 
 def forecast(model: Any, tasks: list[Task], on_progress: Any = None) -> list[bytes]:

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import diffusionz
 from diffusionz.server import forecasts as module
+from diffusionz.server import models as models_module
 from diffusionz.server.forecasts import Forecasts, Task
 from diffusionz.server.limits import Limits
 from diffusionz.server.metrics import Metrics
@@ -44,7 +45,7 @@ class Desk:
         specs = [Spec("chronos2-demo", "chronos2", model, {"device": "cpu"}), Spec("gone", "chronos2", "/nowhere")]
         self.models = Models(specs, self.metrics)
         self.service = Forecasts(self.models, limits or Limits(), self.metrics)
-        self.service._batcher.TARGET_S = math.inf  # a busy machine's calls are as large as a quick one's
+        monkeypatch.setattr(module.Batcher, "TARGET_S", math.inf)  # a busy machine's calls are as large as others'
         self.calls: list[list[Task]] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -277,7 +278,8 @@ def test_a_call_is_no_longer_than_its_time_and_its_rows(on: Callable[..., None])
         await asyncio.gather(*(desk.ask(**body) for _ in range(5)))
         assert [len(tasks) for tasks in desk.calls] == [2, 2, 1]  # of 8 series at most
         desk.calls.clear()
-        desk.service._batcher.TARGET_S, desk.service._batcher._s_per_work = 0.1, 1.0  # as if each took minutes
+        batcher = desk.service._batchers["chronos2-demo"]
+        batcher.TARGET_S, batcher._s_per_work = 0.1, 1.0  # as if each took minutes
         await asyncio.gather(*(desk.ask(values=SERIES) for _ in range(3)))
         assert len(desk.calls[0]) == 1
 
@@ -339,6 +341,30 @@ def test_a_model_that_is_not_there_is_told_to_all_and_to_nobody_else(on: Callabl
         )
         assert [getattr(answer, "kind", "") for answer in answers] == ["model-unavailable", "", "model-unavailable"]
         assert isinstance(answers[1], dict)
+
+    on(work)
+
+
+def test_a_model_that_is_being_loaded_holds_up_no_other(
+    on: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, real = threading.Event(), models_module._construct
+
+    def construct(spec: Spec) -> Any:
+        assert spec.name != "gone" or gate.wait(20)
+        return real(spec)
+
+    monkeypatch.setattr(models_module, "_construct", construct)
+    monkeypatch.setattr(models_module, "size_bytes", lambda spec: 1)
+
+    async def work(desk: Desk) -> None:
+        waiting = asyncio.create_task(desk.ask(values=SERIES, model="gone"))
+        await asyncio.sleep(0.01)
+        assert (await desk.ask(values=SERIES))["prediction_length"] == 16
+        assert not waiting.done()
+        gate.set()
+        with pytest.raises(Problem, match="gone cannot be loaded"):
+            await waiting
 
     on(work)
 
