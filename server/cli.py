@@ -152,10 +152,15 @@ def ps(args: argparse.Namespace) -> int:
     import time
     import urllib.error
     import urllib.request
+    from urllib.parse import urlsplit
 
     url = (args.url or os.environ.get("DIFFUSIONZ_URL") or "http://127.0.0.1:8100").rstrip("/")
     try:
-        with urllib.request.urlopen(url + "/api/ps", timeout=10) as answer:
+        host = urlsplit(url).hostname or ""
+        # A proxy of the environment's does not reach this machine's own addresses.
+        own = host in ("localhost", "::1") or host.startswith("127.")
+        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else []))
+        with opener.open(url + "/api/ps", timeout=10) as answer:
             models = json.load(answer)["models"]
     except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
         raise DiffusionzError(
