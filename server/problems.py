@@ -132,8 +132,10 @@ def problem_of(error: BaseException, request_id: str | None = None) -> Problem:
         return error
     for known, kind in _ENGINE:
         if isinstance(error, known):
-            retry = 5.0 if kind == "out-of-memory" else None
-            return Problem(kind, str(error), retry_after_s=retry)
+            if kind == "out-of-memory":  # the allocator's words are the operator's to read
+                logger.warning("out of memory: %s", error)
+                return Problem(kind, "there is not enough memory for this now; ask for less, or later", retry_after_s=5)
+            return Problem(kind, str(error))
     if payment := _payment_problem(error):
         return payment
     about = {"request_id": request_id} if request_id else {}
