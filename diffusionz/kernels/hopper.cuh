@@ -53,7 +53,6 @@ struct Wgmma;
         }                                                                                                             \
     }
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 80, 40, "k16.f32.bf16.bf16", "%40", "%41", "%42", ", 0, 0");
-DIFFUSIONZ_WGMMA(__nv_bfloat16, 96, 48, "k16.f32.bf16.bf16", "%48", "%49", "%50", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 160, 80, "k16.f32.bf16.bf16", "%80", "%81", "%82", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 176, 88, "k16.f32.bf16.bf16", "%88", "%89", "%90", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 192, 96, "k16.f32.bf16.bf16", "%96", "%97", "%98", ", 0, 0");
@@ -107,7 +106,6 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_across(uint32_t address, ui
 }
 // Keeps the compiler from moving what reads or writes x across products under way.
 __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
-__device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 

@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kThreads, 4) attention_kernel(SegmentAttention
             }
         }
     }
+    __syncwarp();  // all have read the warp's queries, whose place the results take
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         sum[row] += __shfl_xor_sync(~0u, sum[row], 1);

@@ -332,7 +332,7 @@ def ablation(args: argparse.Namespace) -> None:
         finally:
             del os.environ["DIFFUSIONZ_DISABLE_KERNELS"]
 
-    measured("")  # what is first measured in a process is slower
+    measured("")  # what a process measures first is slower
     everything = measured("")
     names = [name for name in kernel_names() if not args.kernels or name in args.kernels.split(",")]
     rows = []
@@ -366,25 +366,21 @@ def devices(args: argparse.Namespace) -> None:
         sys.exit("there is one device here: nothing to spread a batch over")
     folder, side, pictures = ensure_model(args.scratch, "zimage"), 1024, 8 * count
     names, rows = [f"cuda:{i}" for i in range(count)], []
+    prompts, size = [prompt(n) for n in range(pictures)], {"width": side, "height": side}
     for precision in args.precisions.split(","):
-        rates, drawn = {}, {}
+        rates, drawn = [], []
         for used in (names[:1], names):
+            images: list = []
             with ZImage(folder, device=used, precision=precision) as model:
 
-                def draw(i: int, model=model, used=tuple(used)) -> None:
-                    drawn[used] = model.generate_batch(
-                        [prompt(n) for n in range(pictures)],
-                        width=side,
-                        height=side,
-                        steps=STEPS,
-                        seed=i,
-                        progress=False,
-                    )
+                def draw(i: int, model=model, images=images) -> None:
+                    images[:] = model.generate_batch(prompts, **size, steps=STEPS, seed=i, progress=False)
 
-                rates[tuple(used)] = [pictures / ms * 1e3 for ms in gpu.times_ms(draw, runs=3, warm_ups=1)]
-        for one, several in zip(*drawn.values(), strict=True):
+                rates.append([pictures / ms * 1e3 for ms in gpu.times_ms(draw, runs=3, warm_ups=1)])
+            drawn.append(images)
+        for one, several in zip(*drawn, strict=True):
             assert (one.pixels == several.pixels).all(), "several devices draw another picture than one"
-        alone, together = rates.values()
+        alone, together = rates
         work, name = f"batch of {pictures} pictures on {count} devices", "one of the devices"
         rows.append(Row(work, f"{side}x{side}", precision, "pictures/s", together, None, alone, name))
         print(as_table(rows), flush=True)

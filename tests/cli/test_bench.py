@@ -94,6 +94,30 @@ def test_measures_of_pictures() -> None:
     assert judge.alike([(red, red)]) == 1 and judge.alike([(blue, red)]) < 0.7
 
 
+def test_a_part_and_a_limit_of_the_gpus_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusionz._errors import ArgumentError
+    from diffusionz.bench import gpu
+    from diffusionz.hub import locate
+
+    assert gpu.parts_of(["webp"]) == {"zimage": ["webp"]}
+    assert gpu.parts_of(["chronos2", "load"]) == {"zimage": ["load"], "chronos2": ["forecasts"]}
+    with pytest.raises(ArgumentError, match="pictures"):
+        gpu.parts_of(["picture"])
+    row = Row("step", "512x512", "fp8", "ms", [14.0])
+    asked: list[list[str]] = []
+
+    def measure(folder: str, device: str, parts: list[str], clock: gpu._Clock) -> tuple[list[Row], None]:
+        asked.append(parts)
+        return clock.tell([row]), None
+
+    monkeypatch.setattr(gpu, "_zimage", measure)
+    said: list[str] = []
+    options = {"only": ["webp", "forecasts"], "model": locate("demo", "zimage")}
+    assert gpu.run(gpu.Options(**options, limit=100), said.append) == [row] and asked == [["webp"]]
+    assert said == ["step, 512x512, fp8: 14 ms"]
+    assert gpu.run(gpu.Options(**options, limit=0), said.append) == [] and "the time is over" in said[-1]
+
+
 def test_the_gate_names_what_fails() -> None:
     good = {"psnr_mean": 50.0, "psnr_worst": 40.0, "ssim_mean": 0.999, "distance_mean": 1e-4, "judged_alike": 1.0}
     rows = [good | {"precision": "fp8", "reference": "float32"}, good | {"precision": "fp8", "reference": "bfloat16"}]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -86,13 +87,19 @@ def parts_of(only: Sequence[str]) -> dict[str, list[str]]:
 
 
 class _Clock:
-    """Says what a run that may last so many seconds has no time for."""
+    """Of a run that may last so many seconds; it says what goes on, and what there is no time for."""
 
     def __init__(self, limit: float | None, say: Say) -> None:
         self.end, self.say = None if limit is None else time.monotonic() + limit, say
 
     def left(self) -> float | None:
         return None if self.end is None else max(self.end - time.monotonic(), 0.0)
+
+    def tell(self, rows: Sequence[Row]) -> list[Row]:
+        """Says what was measured at once: a run that is ended from outside has said what it had."""
+        for row in rows:
+            self.say(f"{row.work}, {row.size}, {row.precision}: {percentile(row.ours, 0.5):.4g} {row.unit}")
+        return list(rows)
 
     def has_time_for(self, what: str) -> bool:
         if self.left() == 0:
@@ -236,12 +243,11 @@ def _zimage(folder: str, device: str, parts: Sequence[str], clock: _Clock) -> tu
             check_picture(picture)
             first = picture if first is None else first
             if "load" in parts:
-                rows.append(Row("model load", "all weights", precision, "s", [load]))
+                rows += clock.tell([Row("model load", "all weights", precision, "s", [load])])
             if "pictures" in parts:
-                rows += picture_rows(model, precision)
+                rows += clock.tell(picture_rows(model, precision))
             if "webp" in parts and precision == ZIMAGE_PRECISIONS[0] and clock.has_time_for("webp"):
-                rows += webp_rows(model, precision)
-        clock.say(f"zimage, {precision}: done")
+                rows += clock.tell(webp_rows(model, precision))
     for precision in dict.fromkeys(row.precision for row in rows if "load" in parts):
         if not clock.has_time_for(f"zimage, {precision}, process start to first picture"):
             break
@@ -251,7 +257,7 @@ def _zimage(folder: str, device: str, parts: Sequence[str], clock: _Clock) -> tu
             begin = time.perf_counter()
             subprocess.run([*command, *sizes, "-o", os.path.join(out, "first.webp")], check=True)
             seconds = time.perf_counter() - begin
-        rows.append(Row("process start to first picture", "1024x1024", precision, "s", [seconds]))
+        rows += clock.tell([Row("process start to first picture", "1024x1024", precision, "s", [seconds])])
     return rows, first
 
 
@@ -270,11 +276,13 @@ def check_picture(pixels: Any) -> None:
 def picture_rows(model: Any, precision: str, sides: Sequence[int] = SIDES, runs: int = 7) -> list[Row]:
     """Whole pictures and their stages."""
     rows = []
+    prompts = itertools.count()  # a known one would not be encoded
     for side in sides:
         timings: list[dict[str, float]] = []
 
         def draw(i: int, side: int = side, timings: list[dict[str, float]] = timings) -> None:
-            timings.append(model.generate(prompt(i), width=side, height=side, steps=STEPS, seed=i).timings)
+            picture = model.generate(prompt(next(prompts)), width=side, height=side, steps=STEPS, seed=i)
+            timings.append(picture.timings)
 
         whole = times_ms(draw, runs, warm_ups=3)
         del timings[:3]
@@ -342,7 +350,7 @@ def _chronos(folder: str, device: str, parts: Sequence[str], clock: _Clock) -> t
                 raise Wrong(f"not timed: forecasts in {precision} are {error_share:.1%} of their deviation off")
             clock.say(f"chronos2, {precision}: {error_share:.1e} of the forecasts' deviation from float32's")
             if "forecasts" in parts:
-                rows += forecast_rows(model, precision)
+                rows += clock.tell(forecast_rows(model, precision))
     return rows, truth
 
 
