@@ -40,6 +40,7 @@ class Lane:
         self._now = 0.0  # virtual time: the start of the job that began last
         self._until: dict[str, float] = {}  # account -> when its last job that began ends, in virtual time
         self._numbers = itertools.count()
+        self._places: dict[int, int] | None = None  # of waiting jobs, by their id(); None: not known yet
 
     @contextlib.asynccontextmanager
     async def turn(self, job: Job) -> AsyncIterator[None]:
@@ -105,6 +106,7 @@ class Lane:
 
     def _moved(self) -> None:
         """Tells those who watch a waiting job that its place may be another."""
+        self._places = None
         for queue in self._waiting.values():
             for waiting in queue:
                 if waiting.job.watchers:
@@ -117,6 +119,8 @@ class Lane:
 
     def position(self, job: Job) -> int:
         """How many jobs come before it, the running ones among them."""
-        order = [place for account in self._waiting for place in self._starts(account)]
-        own = next((place for place in order if place[2].job is job), None)
-        return 0 if own is None else self.running + sum(place[:2] < own[:2] for place in order)
+        if self._places is None:
+            order = sorted(place for account in self._waiting for place in self._starts(account))
+            self._places = {id(waiting.job): place for place, (_, _, waiting) in enumerate(order)}
+        place = self._places.get(id(job))
+        return 0 if place is None else self.running + place
