@@ -198,7 +198,8 @@ class Credits:
         made_at, pricing = self._pricing
         if time.monotonic() - made_at > PRICING_S or not pricing:
             pricing = await self._run(self._price_list)
-            self._pricing = time.monotonic(), pricing
+            if all(service["why"] is None for service in pricing["services"]):  # else a rate may be there any moment
+                self._pricing = time.monotonic(), pricing
         return pricing
 
     # Signing in.
