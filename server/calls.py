@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from diffusionz.server.caller import Caller
 from diffusionz.server.jobs import Job, Order
 from diffusionz.server.problems import Problem, invalid
 
 if TYPE_CHECKING:
-    from diffusionz.server.state import State
+    from diffusionz.server.state import State, Streams
 
 HEARTBEAT_S = 10.0
 PATIENCE_S = 0.05  # before it is looked whether the client is still there
@@ -96,41 +97,59 @@ Told = Callable[[Job, str, dict[str, Any]], Iterable[tuple[str, dict[str, Any]]]
 def events(
     request: Request, job: Job, headers: dict[str, str], *, cancel_when_gone: bool, told: Told | None = None
 ) -> Response:
-    """The job's events as a stream."""
-    return StreamingResponse(
-        _stream(request, job, cancel_when_gone, told or _with_pictures),
+    """The job's events as a stream; a Problem in its place when the caller has too many open."""
+    return _Events(
+        _stream(job, told or _with_pictures),
         headers=headers | {"cache-control": "no-store", "x-accel-buffering": "no"},
         media_type="text/event-stream",
+        job=job,
+        streams=state_of(request).streams,
+        cancel_when_gone=cancel_when_gone,
     )
 
 
-async def _stream(request: Request, job: Job, cancel_when_gone: bool, told: Told) -> AsyncIterator[bytes]:
-    state = state_of(request)
-    job.watchers += 1
+class _Events(StreamingResponse):
+    """A stream that counts while it is open, and whose client watches the job as long."""
+
+    def __init__(self, *args: Any, job: Job, streams: Streams, cancel_when_gone: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._job = job
+        self._streams = streams
+        self._cancel_when_gone = cancel_when_gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        job = self._job
+        job.watchers += 1
+        try:
+            with self._streams.opened(job.caller.account):
+                await super().__call__(scope, receive, send)
+        finally:
+            # Nothing is awaited here: a client that has left has this task cancelled at each await.
+            job.watchers -= 1
+            if self._cancel_when_gone and not job.watchers and job.key is None:
+                job.cancel()  # quiet after the job's end
+
+
+async def _stream(job: Job, told: Told) -> AsyncIterator[bytes]:
+    iterator = job.events()
     coming: asyncio.Future[Any] | None = None
     try:
-        with state.streams.opened(job.caller.account):
-            iterator = job.events()
-            while True:
-                coming = coming or asyncio.ensure_future(anext(iterator))
-                done, _ = await asyncio.wait((coming,), timeout=HEARTBEAT_S)
-                if not done:
-                    yield b": still there\n\n"
-                    continue
-                try:
-                    name, data = coming.result()
-                except StopAsyncIteration:
-                    return
-                coming = None
-                for event, about in told(job, name, data):
-                    yield b"event: %s\ndata: %s\n\n" % (event.encode(), orjson.dumps({"type": event} | about))
+        while True:
+            coming = coming or asyncio.ensure_future(anext(iterator))
+            done, _ = await asyncio.wait((coming,), timeout=HEARTBEAT_S)
+            if not done:
+                yield b": still there\n\n"
+                continue
+            try:
+                name, data = coming.result()
+            except StopAsyncIteration:
+                return
+            coming = None
+            for event, about in told(job, name, data):
+                yield b"event: %s\ndata: %s\n\n" % (event.encode(), orjson.dumps({"type": event} | about))
     finally:
-        # Nothing is awaited here: a client that has left has this task cancelled at each await.
-        job.watchers -= 1
         if coming is not None:
             coming.cancel()
-        if cancel_when_gone and not job.watchers and job.key is None:
-            job.cancel()  # quiet after the job's end
 
 
 def _with_pictures(job: Job, name: str, data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -37,6 +37,8 @@ class Streams:
 
     @contextlib.contextmanager
     def opened(self, account: str) -> Iterator[None]:
+        """One more, for the time of the block. Raises Problem when no more may be open."""
+        self.check(account)
         self._open[account] += 1
         try:
             yield
@@ -46,7 +48,7 @@ class Streams:
                 del self._open[account]
 
     def check(self, account: str) -> None:
-        """Raises Problem when no more may be opened."""
+        """Raises Problem when no more may be opened; before a job is made whose events nobody could then be told."""
         if self._open[account] >= self._most:
             raise Problem(
                 "rate-limited", f"{self._most} event streams are open, which are allowed; close one", retry_after_s=5
