@@ -319,10 +319,10 @@ class Chronos2(Model):
         from diffusionz.returns import to_prices
 
         if constrain_ohlc:
-            counts = numpy.bincount(rows.items, rows.is_target)
+            counts = numpy.bincount(rows.items[rows.is_target])
             for item in numpy.flatnonzero(counts % 4):
                 raise ArgumentError(
-                    f"{labels.names(item)} has {int(counts[item])} targets; constrain_ohlc needs four: "
+                    f"{labels.names(item)} has {counts[item]} targets; constrain_ohlc needs four: "
                     "open, high, low, close, in this order"
                 )
         groups = _groups(rows, labels, cross_learning, group_ids, batch_size)

@@ -298,7 +298,8 @@ class _Requests:
         """(pixels, width, height, metadata) of each picture."""
         from diffusionz._ffi import check, ffi, lib, take_string, text
 
-        check(lib.diffusionz_task_keep_previews(task, previews))
+        if previews:
+            check(lib.diffusionz_task_keep_previews(task, previews))
         results = ffi.new("DiffusionZResult[]", self.count)
         try:
             status = lib.diffusionz_generate_batch(context, self.structs, self.count, task, results)

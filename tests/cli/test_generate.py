@@ -157,7 +157,7 @@ def test_failures_are_one_line(
 def test_wrong_commands(run: Run) -> None:
     fails(run(), 2, "COMMAND")
     fails(run("draw"), 2, "draw")
-    fails(run("serve"), 2, "serve")
+    fails(run("serve"), 2, "--free", "--payments")
 
 
 def test_help_teaches(run: Run) -> None:

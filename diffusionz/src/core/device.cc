@@ -128,6 +128,9 @@ void limit_device_memory(at::Device device, int64_t max_bytes) {
 OutOfMemory out_of_memory(const std::exception& error) {
     if (dynamic_cast<const std::bad_alloc*>(&error)) return OutOfMemory::host;
     if (dynamic_cast<const c10::OutOfMemoryError*>(&error)) return OutOfMemory::device;
+    // oneDNN's error, whose type LibTorch does not export: shapes that it cannot do are LibTorch's to avoid, so what keeps it from making
+    // something is memory for its code or its tables.
+    if (std::string_view(error.what()).starts_with("could not create a")) return OutOfMemory::host;
     const auto* torch = dynamic_cast<const c10::Error*>(&error);
     if (!torch) return OutOfMemory::no;
     const std::string what = torch->what_without_backtrace();
