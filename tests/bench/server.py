@@ -342,8 +342,9 @@ def overhead(bench: Bench) -> None:
         "    if i >= 20: times.append(time.perf_counter() - began)\n"
         "print(json.dumps([times, made.mean[0].tolist()]))"
     )
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    environment = os.environ | {"GOMP_SPINCOUNT": "10000"}
+    command = ["taskset", "-c", ",".join(map(str, CORES)), sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     direct, mean = json.loads(done.stdout)
     if not numpy.allclose(json.loads(body)["mean"], mean, rtol=1e-5):
         raise SystemExit("the server's forecast is not the engine's: not timed")

@@ -49,7 +49,6 @@ def test_the_unit_starts_a_server_that_sells(unit: dict[str, list[str]]) -> None
     args = parsed(shlex.split(start))
     assert args.payments.startswith("/var/lib/diffusionz/") and args.log_format == "json"
     assert unit["StateDirectory"] == ["diffusionz"] and unit["User"] == ["diffusionz"]
-    assert "OMP_WAIT_POLICY=PASSIVE" in unit["Environment"]
 
 
 def test_it_is_given_the_time_that_it_takes_to_stop(unit: dict[str, list[str]]) -> None:
