@@ -13,8 +13,8 @@ batching  64 clients at once, beside one engine call a request
 overload  ten times as many clients as the queue takes, for two minutes: what is accepted, what is refused, how long
           it takes, and the process's memory before and after
 
-The server has the first core, the clients have the last: with one core alone nothing is measured. --model is a forecaster
-for `overhead` and `batching`, with longer series than the demo's; --threads means nothing here.
+In `http` the server has the first core, and the clients always have the last: with one core alone nothing is measured.
+--model is a forecaster for `overhead` and `batching`, with longer series than the demo's; --threads means nothing here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
 
 import numpy
 
@@ -43,6 +43,7 @@ OVERHEAD_S = 0.001
 BATCH_GAIN = 5.0
 CLIENTS = 64
 SERIES, LONG_SERIES = 64, 768  # values of a forecast's history: with the demo, with another model
+Value = TypeVar("Value")
 CORES = sorted(os.sched_getaffinity(0))
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -259,16 +260,20 @@ async def load(port: int, request: bytes, clients: int, seconds: float) -> tuple
     return statuses, times
 
 
-def client_core() -> None:
-    """Clients go to the last core."""
+def as_client(work: Coroutine[Any, Any, Value]) -> Value:
+    """Runs it on the last core, so that the clients are not where the server is."""
     os.sched_setaffinity(0, CORES[-1:])
+    try:
+        return asyncio.run(work)
+    finally:
+        os.sched_setaffinity(0, CORES)
 
 
 def cpu_us(process: Process, request: bytes, seconds: float) -> float:
     """Microseconds of the server's CPU time a request, of 16 clients that ask at once."""
-    asyncio.run(load(process.port, request, 16, seconds / 4))
+    as_client(load(process.port, request, 16, seconds / 4))
     before = process.cpu_s()
-    statuses, _ = asyncio.run(load(process.port, request, 16, seconds))
+    statuses, _ = as_client(load(process.port, request, 16, seconds))
     assert set(statuses) == {200}, statuses
     return (process.cpu_s() - before) / statuses[200] * 1e6
 
@@ -331,7 +336,7 @@ def overhead(bench: Bench) -> None:
 
     through: list[float] = []
     with serving(*arguments, core=None) as server:
-        body = asyncio.run(ask(server.port, through))
+        body = as_client(ask(server.port, through))
     # The engine in a process of its own, as the server has it, but for the way there.
     code = (
         "import json, sys, time, numpy; from diffusionz import Chronos2; "
@@ -360,15 +365,15 @@ def batching(bench: Bench) -> None:
     arguments, series, size = forecaster(bench)
     request = request_of("POST", "/forecast", {"values": series, "prediction_length": 16})
     with serving(*arguments, core=None) as server:
-        asyncio.run(load(server.port, request, CLIENTS, 1.0))
+        as_client(load(server.port, request, CLIENTS, 1.0))
         together = []
         for _ in range(runs):
-            statuses, _ = asyncio.run(load(server.port, request, CLIENTS, seconds))
+            statuses, _ = as_client(load(server.port, request, CLIENTS, seconds))
             assert set(statuses) == {200}, statuses
             together.append(seconds / statuses[200])
         alone = []
         for _ in range(runs):
-            statuses, _ = asyncio.run(load(server.port, request, 1, seconds))
+            statuses, _ = as_client(load(server.port, request, 1, seconds))
             alone.append(seconds / statuses[200])
     bench.report(
         Comparison(
@@ -385,9 +390,9 @@ def overload(bench: Bench) -> None:
     queue = 8
     config.write_text(f"[limits]\nqueue = {queue}\nqueue_per_key = {queue}\nqueue_per_service = {queue}\n")
     with serving("--config", str(config), core=None) as server:
-        _, normal = asyncio.run(load(server.port, request, queue, seconds / 4))
+        _, normal = as_client(load(server.port, request, queue, seconds / 4))
         before = server.resident_mib()
-        statuses, times = asyncio.run(load(server.port, request, 10 * queue, seconds))
+        statuses, times = as_client(load(server.port, request, 10 * queue, seconds))
         after = server.resident_mib()
     assert set(statuses) <= {200, 429}, statuses
     print(f"overload: {dict(statuses)}, memory {before:.0f} MiB before and {after:.0f} MiB after")
@@ -401,7 +406,6 @@ CLAIMS = {"http": http, "overhead": overhead, "batching": batching, "overload": 
 
 def main(argv: list[str] | None = None) -> list[Comparison]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    client_core()
     return run_claims(CLAIMS, __doc__ or "", "tests.bench.server", argv)
 
 
