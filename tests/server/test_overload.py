@@ -42,7 +42,9 @@ def load(server: Running, clients: int, seconds: float) -> tuple[list[httpx2.Res
                     times.append(time.monotonic() - began)
                 else:
                     refused.append(answer)
-                    time.sleep(0.05)
+                    # The clients share the server's cores, and must not take from it what is measured; even so, all
+                    # of them together ask for more than ten times what can be done.
+                    time.sleep(0.25)
 
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         for task in [pool.submit(ask) for _ in range(clients)]:
@@ -66,7 +68,9 @@ def test_ten_times_what_can_be_done(start: Start, tmp_path: pathlib.Path) -> Non
             assert 1 <= int(answer.headers["retry-after"]) <= 120
         # The machine has others' work to do, and forty clients: it serves a share of what it does alone, and no chaos.
         assert len(times) > len(normal) / 2, (len(times), len(normal))
-        assert percentile(times, 0.5) <= 2 * percentile(normal, 0.5), (times, normal)
+        ratio = percentile(times, 0.5) / percentile(normal, 0.5)
+        print(f"{ratio:.2f} times a full queue's time; {len(normal)} and {len(times)} served, {len(refused)} refused")
+        assert ratio <= 2, (times, normal)
         assert resident_mib(server) - before < 40
         with server.client() as client:
             assert client.post("/generate", json=PICTURE).status_code == 200, "it is over when it is over"
