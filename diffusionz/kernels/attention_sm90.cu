@@ -97,19 +97,6 @@ struct Place {
     }
 };
 
-// A place in a ring, and how often it has gone round.
-template <int kStages>
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 template <class C>
 __device__ __forceinline__ void produce(const Block<C>& block, const CUtensorMap* map_q, const CUtensorMap* map_k,
                                         const CUtensorMap* map_v, const Sizes& sizes) {

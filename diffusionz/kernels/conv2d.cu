@@ -100,19 +100,6 @@ __device__ __forceinline__ void get_matrices(uint32_t (&out)[4], uint32_t from) 
 
 #endif
 
-// A place in a ring of kStages buffers and the parity of its current round.
-template <int kStages>
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 struct Tile {
     int image, row, column, channel, index;
     __device__ Tile(const Shape& s, int tile) {

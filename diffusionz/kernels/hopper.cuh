@@ -254,4 +254,17 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
+// A place in a ring of kStages buffers and the parity of its current round.
+template <int kStages>
+struct Ring {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 }  // namespace diffusionz::kernels
