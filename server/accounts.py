@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from diffusionz.server.caller import COOKIE, SESSION_S, Caller
-from diffusionz.server.calls import json_body, json_response, state_of
+from diffusionz.server.calls import check_wallet, json_body, json_response, state_of
 from diffusionz.server.decoding import decode
 from diffusionz.server.problems import Problem, invalid
 
@@ -65,9 +65,7 @@ async def _caller(request: Request) -> tuple[Credits, Caller]:
     """The ledger and whose account is meant: the caller's, which a `wallet` in the query must belong to."""
     credits = _credits(request)
     caller = await state_of(request).callers.caller(request)
-    wallet = request.query_params.get("wallet")
-    if wallet is not None and wallet not in await credits.wallets(caller.account):
-        raise Problem("forbidden", "the wallet is not one of the account's that calls", param="wallet")
+    await check_wallet(request, caller, request.query_params.get("wallet"), "wallet")
     return credits, caller
 
 

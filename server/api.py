@@ -56,7 +56,7 @@ async def jobs(request: Request) -> Response:
 async def _submitted(request: Request, caller: Caller, body: bytes, head: _Head) -> tuple[Job, dict[str, str]]:
     state = state_of(request)
     order = await state.service(head.service).order(body)
-    await check_wallet(request, caller, head.wallet_address)
+    await calls.check_wallet(request, caller, head.wallet_address)
     if head.stream:
         state.streams.check(caller.account)
     return await calls.submit(request, order, caller, body)
@@ -67,18 +67,12 @@ async def _accepted(request: Request, caller: Caller, body: bytes, head: _Head) 
     return json_response(job.shown(), 202, headers | {"location": f"/api/jobs/{job.id}"})
 
 
-async def check_wallet(request: Request, caller: Caller, wallet: str | None) -> None:
-    """Raises Problem for a wallet that is not of the caller's account: naming an address opens nothing."""
-    state = state_of(request)
-    if wallet is not None and state.credits is not None and wallet not in await state.credits.wallets(caller.account):
-        raise Problem("forbidden", "the wallet is not one of the account's that calls", param="wallet_address")
-
-
 async def generate(request: Request) -> Response:
     """POST /generate: the file itself, unless another answer is asked for."""
     body = await json_body(request)
-    asked = decode(body, _Head).response_format
-    job, headers = await _direct(request, "zimage", body)
+    head = decode(body, _Head)
+    asked = head.response_format
+    job, headers = await _direct(request, "zimage", body, head)
     # Whatever Accept says: `curl --json ... -o out.webp` asks for JSON, and means the file.
     if asked in (None, "binary"):
         response = calls.picture(request, job, headers) or _file(job, headers)
@@ -89,16 +83,17 @@ async def generate(request: Request) -> Response:
 
 async def forecast(request: Request) -> Response:
     """POST /forecast and /forecast_batch"""
-    job, headers = await _direct(request, "chronos2", await json_body(request))
+    body = await json_body(request)
+    job, headers = await _direct(request, "chronos2", body, decode(body, _Head))
     return _result(job, headers)
 
 
-async def _direct(request: Request, name: str, body: bytes) -> tuple[Job, dict[str, str]]:
+async def _direct(request: Request, name: str, body: bytes, head: _Head) -> tuple[Job, dict[str, str]]:
     """The ended job of a route that is one service's."""
     state = state_of(request)
     caller = await state.callers.caller(request)
     order: Order = await state.service(name).order(body)
-    await check_wallet(request, caller, decode(body, _Head).wallet_address)
+    await calls.check_wallet(request, caller, head.wallet_address)
     job, headers = await calls.submit(request, order, caller, body)
     await calls.ended(request, job)
     return job, headers

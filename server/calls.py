@@ -44,6 +44,13 @@ async def json_body(request: Request) -> bytes:
     return await request.body()
 
 
+async def check_wallet(request: Request, caller: Caller, wallet: str | None, param: str = "wallet_address") -> None:
+    """Raises Problem for a wallet that is not of the caller's account: naming an address opens nothing."""
+    credits = state_of(request).credits
+    if wallet is not None and credits is not None and wallet not in await credits.wallets(caller.account):
+        raise Problem("forbidden", "the wallet is not one of the account's that calls", param=param)
+
+
 async def submit(request: Request, order: Order, caller: Caller, body: bytes) -> tuple[Job, dict[str, str]]:
     """(the job of a request, the headers that its answer has to carry). Raises Problem."""
     key = request.headers.get("idempotency-key")
@@ -66,12 +73,18 @@ async def ended(request: Request, job: Job) -> Job:
     finally:
         job.watchers -= 1
     if not stays:
-        if not job.watchers and job.key is None:
-            job.cancel()
+        _abandon(job)
         raise Problem("cancelled", "the client has left")
     if job.problem is not None:
         raise job.problem
     return job
+
+
+def _abandon(job: Job) -> None:
+    """A client has left its call: it is cancelled when nobody else watches, and no Idempotency-Key says that its answer
+    will be asked for. Quiet after its end."""
+    if not job.watchers and job.key is None:
+        job.cancel()
 
 
 async def _stays(request: Request, job: Job) -> bool:
@@ -126,8 +139,8 @@ class _Events(StreamingResponse):
         finally:
             # Nothing is awaited here: a client that has left has this task cancelled at each await.
             job.watchers -= 1
-            if self._cancel_when_gone and not job.watchers and job.key is None:
-                job.cancel()  # quiet after the job's end
+            if self._cancel_when_gone:
+                _abandon(job)
 
 
 async def _stream(job: Job, told: Told) -> AsyncIterator[bytes]:

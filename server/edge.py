@@ -88,12 +88,12 @@ class Edge:
 
         async def receiving() -> Message:
             nonlocal read, deadline
-            if not deadline:
-                deadline = time.monotonic() + self.limits.body_s
             if read < 0:  # the body was read: this waits for the client to leave, however long
                 return await receive()
+            if not deadline:
+                deadline = asyncio.get_running_loop().time() + self.limits.body_s
             try:
-                async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
                 raise Problem(

@@ -48,13 +48,11 @@ class Metrics:
         self.loads = histogram("model_load_seconds", "Time to load a model.", "model")
         self.evictions = counter("model_evictions_total", "Models that were let go.", "model", "reason")
         self.credit = counter("credits_total", "Base units of the token.", "service", "kind")
-        self._gauges: list[object] = []
 
     def gauge(self, name: str, text: str, value: object) -> None:
         """A figure that is asked for when somebody looks: `value()`."""
         gauge = Gauge(f"diffusionz_{name}", text, registry=self.registry)
         gauge.set_function(value)  # type: ignore[arg-type]
-        self._gauges.append(gauge)
 
     def answered(self, method: str, status: int, seconds: float) -> None:
         _child(self.requests, method if method in _METHODS else "other", str(status)).inc()
