@@ -18,11 +18,22 @@ int32_t remember(int32_t status, const char* message) noexcept {
     return status;
 }
 
-int32_t remember_out_of_memory(const std::string& message) noexcept {
+int32_t remember_failure(const std::exception& error) noexcept {
     try {
-        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, after_out_of_memory(message).c_str());
-    } catch (...) {
-        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, message.c_str());
+        const auto* torch = dynamic_cast<const c10::Error*>(&error);
+        const std::string what = torch ? torch->what_without_backtrace() : error.what();
+        switch (out_of_memory(error)) {
+            case OutOfMemory::host:
+                return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, ("the host is out of memory: " + what).c_str());
+            case OutOfMemory::device:
+                return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, after_out_of_memory(what).c_str());
+            case OutOfMemory::no:
+                break;
+        }
+        const bool device = torch && what.find("CUDA error") != std::string::npos;
+        return remember(device ? DIFFUSIONZ_E_DEVICE : DIFFUSIONZ_E_INTERNAL, what.c_str());
+    } catch (...) {  // no memory for the message either
+        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, "the host is out of memory");
     }
 }
 
