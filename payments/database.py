@@ -37,7 +37,7 @@ STORAGE_CODES = {5, 6, 7, 8, 10, 11, 13, 14, 15, 26}
 
 # The modules that own tables, in the order in which their MIGRATIONS are applied: tables before those that refer to
 # them. MIGRATIONS is a list of (name, SQL); a name once released is never changed nor reused.
-OWNERS = ("ledger", "charges", "rates", "addresses", "deposits", "sweeper", "identity", "keys", "notices")
+OWNERS = ("ledger", "charges", "rates", "addresses", "deposits", "sweeper", "identity", "sessions", "keys", "notices")
 
 
 def open_database(path: str | os.PathLike[str], *, busy_timeout_s: float = 10.0) -> Connection:
@@ -129,6 +129,17 @@ def immediate(connection: Connection) -> Iterator[None]:
                 for statement in rollback.split("; "):
                     connection.execute(statement)
             raise
+
+
+@contextlib.contextmanager
+def without_waiting(connection: Connection) -> Iterator[None]:
+    """A transaction that begins in this block raises StorageError at once where another writer has the lock."""
+    (timeout_ms,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        yield
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {timeout_ms}")
 
 
 @contextlib.contextmanager

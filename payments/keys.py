@@ -16,6 +16,7 @@ without the pepper's file cannot even try one.
 from __future__ import annotations
 
 import binascii
+import contextlib
 import dataclasses
 import hashlib
 import hmac
@@ -28,8 +29,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from diffusionz.payments.database import Connection, immediate
-from diffusionz.payments.errors import AmountError, ConfigurationError, IdentifierError, IdentityError, NotFoundError
+from diffusionz.payments.database import Connection, immediate, without_waiting
+from diffusionz.payments.errors import (
+    AmountError,
+    ConfigurationError,
+    IdentifierError,
+    IdentityError,
+    NotFoundError,
+    StorageError,
+)
 
 if TYPE_CHECKING:
     from diffusionz.payments.settings import Settings
@@ -93,7 +101,7 @@ class Key:
     services: tuple[str, ...] | None  # None: all
     daily_limit: int | None  # None: the account's balance is the limit
     created_at: int
-    used_at: int | None  # to the minute
+    used_at: int | None  # to the minute, as long as the ledger could be written
     revoked_at: int | None
 
     @property
@@ -180,7 +188,8 @@ class Keys:
             raise IdentityError("the API key is not valid; it must be one that was made here and is not revoked")
         now = int(self._clock())
         if key.used_at is None or now - key.used_at >= TOUCH_S:
-            with immediate(self._connection):
+            # Worth neither a wait nor a failure: a ledger that cannot be written is read all the same.
+            with contextlib.suppress(StorageError), without_waiting(self._connection), immediate(self._connection):
                 self._connection.execute("UPDATE api_keys SET used_at = ? WHERE id = ?", (now, key.id))
         return key
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from diffusionz.server.caller import COOKIE, SESSION_S, Caller
+from diffusionz.server.caller import COOKIE, Caller
 from diffusionz.server.calls import check_wallet, json_body, json_response, state_of
 from diffusionz.server.decoding import decode
 from diffusionz.server.problems import Problem, invalid
@@ -69,10 +69,10 @@ async def _caller(request: Request) -> tuple[Credits, Caller]:
     return credits, caller
 
 
-def _owner(request: Request) -> tuple[Credits, Caller]:
+async def _owner(request: Request) -> tuple[Credits, Caller]:
     """The same for what only the owner may do, in the browser that signed in: a key makes no keys."""
     credits = _credits(request)
-    owner = state_of(request).callers.owner(request)
+    owner = await state_of(request).callers.owner(request)
     if owner is None:
         raise Problem("unauthorized", "sign in with a wallet first, at /account; a key is not enough for this")
     return credits, owner
@@ -141,6 +141,8 @@ async def challenge(request: Request) -> Response:
 
 async def sign_in(request: Request) -> Response:
     """POST /api/sign-in"""
+    from diffusionz.payments.sessions import SESSION_S
+
     credits = _credits(request)
     asked = decode(await json_body(request), Signed)
     signed = await _checked(credits.sign_in(asked.address, asked.nonce, _signature(asked.signature)), "signature")
@@ -150,7 +152,7 @@ async def sign_in(request: Request) -> Response:
     secure = request.url.scheme == "https" or state_of(request).settings.https
     response.set_cookie(
         COOKIE,
-        state_of(request).callers.session(signed.account),
+        await credits.open_session(signed.account),
         max_age=SESSION_S,
         httponly=True,
         samesite="strict",
@@ -182,6 +184,9 @@ def _signature(text: str) -> str | bytes:
 
 async def sign_out(request: Request) -> Response:
     """POST /api/sign-out"""
+    cookie, credits = request.cookies.get(COOKIE), state_of(request).credits
+    if cookie is not None and credits is not None:
+        await credits.close_session(cookie)
     response = json_response({})
     response.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return response
@@ -198,7 +203,7 @@ async def account(request: Request) -> Response:
 
 async def keys(request: Request) -> Response:
     """GET and POST /api/keys"""
-    credits, owner = _owner(request)
+    credits, owner = await _owner(request)
     if request.method != "POST":  # HEAD is a GET, too
         return json_response({"keys": [_shown(key) for key in await credits.keys(owner.account)]})
     asked = decode(await json_body(request), NewKey)
@@ -208,7 +213,7 @@ async def keys(request: Request) -> Response:
 
 async def key(request: Request) -> Response:
     """DELETE and PATCH /api/keys/{id}"""
-    credits, owner = _owner(request)
+    credits, owner = await _owner(request)
     id = request.path_params["id"]
     if request.method == "DELETE":
         return json_response(_shown(await credits.revoke_key(owner.account, id)))

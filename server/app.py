@@ -33,7 +33,7 @@ def create_app(
     metrics = engines.metrics
     registry: Mapping[str, Service] = {service.name: service for service in services}
     jobs = Jobs(settings.limits, metrics, ledger.till if ledger else None)
-    callers = Callers(ledger.credits if ledger else None, ledger.session_secret if ledger else b"")
+    callers = Callers(ledger.credits if ledger else None)
     streams = Streams(settings.limits.events_per_key)
     state = State(settings, metrics, engines, registry, jobs, callers, streams, ledger)
 

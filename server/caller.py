@@ -4,11 +4,9 @@ nothing costs anything."""
 from __future__ import annotations
 
 import dataclasses
-import hmac
 import ipaddress
 from typing import TYPE_CHECKING
 
-import itsdangerous
 from starlette.requests import Request
 
 from diffusionz.server.problems import Problem
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from diffusionz.server.credits import Credits
 
 COOKIE = "diffusionz_session"
-SESSION_S = 12 * 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +32,8 @@ ANYBODY = Caller("anybody")
 class Callers:
     """Tells who makes a request."""
 
-    def __init__(self, credits: Credits | None, session_secret: bytes = b"") -> None:
+    def __init__(self, credits: Credits | None) -> None:
         self._credits = credits
-        self._signer = itsdangerous.TimestampSigner(session_secret or b"-", salt=COOKIE)
 
     async def caller(self, request: Request) -> Caller:
         """Raises Problem, when it is nobody."""
@@ -48,7 +44,7 @@ class Callers:
             if scheme.lower() != "bearer":
                 raise Problem("unauthorized", f"the Authorization is {scheme[:20]!r}; it must be Bearer KEY")
             return await self.of_key(secret.strip())
-        owner = self.owner(request)
+        owner = await self.owner(request)
         if owner is None:
             raise Problem("unauthorized", "no API key: send Authorization: Bearer KEY, or sign in at /account")
         return owner
@@ -63,27 +59,17 @@ class Callers:
             raise Problem("unauthorized", str(error)) from None
         return Caller(key.account, key)
 
-    def owner(self, request: Request) -> Caller | None:
+    async def owner(self, request: Request) -> Caller | None:
         """The account whose owner signed in with this browser, by its cookie. Raises Problem when another site asks."""
         cookie = request.cookies.get(COOKIE)
         if cookie is None or self._credits is None:
             return None
-        try:
-            account = self._signer.unsign(cookie, max_age=SESSION_S).decode()
-        except itsdangerous.BadSignature:
+        account = await self._credits.session(cookie)
+        if account is None:
             return None
         if request.method not in ("GET", "HEAD") and not _same_origin(request):
             raise Problem("forbidden", "a browser's cookie is good for requests of this site's own pages alone")
         return Caller(account)
-
-    def session(self, account: str) -> str:
-        """The cookie's value for an account that has signed in."""
-        return self._signer.sign(account).decode()
-
-
-def session_secret(pepper: bytes) -> bytes:
-    """The key that cookies are signed with, of a secret that servers of one ledger share."""
-    return hmac.digest(pepper, b"diffusionz session cookie", "sha256")
 
 
 def _same_origin(request: Request) -> bool:

@@ -33,6 +33,7 @@ from diffusionz.payments.keys import Key, Keys, NewKey
 from diffusionz.payments.notices import Notices
 from diffusionz.payments.prices import PriceBook, format_usd
 from diffusionz.payments.rates import SOL_DECIMALS, usd
+from diffusionz.payments.sessions import Sessions
 from diffusionz.payments.settings import Settings
 from diffusionz.payments.shop import Shop, assemble, open_connection
 
@@ -212,6 +213,18 @@ class Credits:
         """See Identity.sign_in. Raises IdentityError."""
         return await self._run(lambda: self._identity().sign_in(address, nonce, signature))
 
+    async def open_session(self, account: str) -> str:
+        """The token of a browser that signed in. See Sessions.open."""
+        return await self._run(lambda: self._sessions.open(account))
+
+    async def session(self, token: str) -> str | None:
+        """The account that the token's browser signed in to, while it is."""
+        return await self._run(lambda: self._sessions.account(token))
+
+    async def close_session(self, token: str) -> None:
+        """See Sessions.close."""
+        await self._run(lambda: self._sessions.close(token))
+
     async def link_challenge(self, account: str, address: str, client: str) -> Challenge:
         """See Identity.link_challenge. Raises IdentityError, LimitError."""
         return await self._run(lambda: self._identity().link_challenge(account, address, client))
@@ -302,6 +315,7 @@ class Credits:
         connection = open_connection(self.settings, busy_timeout_s=BUSY_TIMEOUT_S)
         try:
             self._keys = Keys.from_settings(self.settings, connection)
+            self._sessions = Sessions(connection)
             self._shop: Shop = assemble(self.settings, connection)
             self._book = PriceBook(self.settings.prices, self._shop.rates)
             self._charges = Charges(self._shop.ledger, self._book)

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from diffusionz.payments.keeper import Keeper
-from diffusionz.server.caller import session_secret
 from diffusionz.server.credits import Credits
 from diffusionz.server.till import Till
 
@@ -27,7 +26,6 @@ class Ledger:
         # On a dev chain somebody sits and waits for the faucet.
         self.keeper = Keeper(settings, scan_interval_s=0.5 if faucet else 2.0)
         self.faucet = faucet
-        self.session_secret = session_secret(settings.secret("pepper_file"))
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:

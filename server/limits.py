@@ -13,6 +13,8 @@ import dataclasses
 class Limits:
     """Sizes in bytes, times in seconds, unless the name says otherwise."""
 
+    head_bytes: int = 64 * 2**10  # of a request's line and headers
+    head_s: float = 10.0  # from the connection, or from a later request's first byte, until they are there
     body_bytes: int = 8 * 2**20  # of a request's body; pictures to edit come in it
     body_s: float = 30.0  # from a request's first byte to its last
     prompt_characters: int = 4000

@@ -471,7 +471,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         {"address": _ADDRESS, "nonce": "NONCE OF THE CHALLENGE", "signature": "BASE58 OR BASE64"},
         refusals=(404, 503),
     ),
-    ("POST", "/api/sign-out"): Operation("accounts", "Drop the cookie", {"application/json": _ANY}),
+    ("POST", "/api/sign-out"): Operation("accounts", "End the browser's session", {"application/json": _ANY}),
     ("GET", "/api/account"): Operation(
         "accounts", "The account and its wallets", {"application/json": _ANY}, who="account", query=_WALLET_QUERY
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -21,6 +22,7 @@ from diffusionz._context import byte_count
 from diffusionz.hub import locate
 from diffusionz.server import logs, providers
 from diffusionz.server.app import create_app
+from diffusionz.server.connection import Connection
 from diffusionz.server.forecasts import Forecasts
 from diffusionz.server.jobs import Service
 from diffusionz.server.metrics import Metrics
@@ -73,7 +75,7 @@ async def _serve(settings: Settings) -> int:
             config = uvicorn.Config(
                 app,
                 loop="none",
-                http="httptools",
+                http=functools.partial(Connection, limits=settings.limits),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -147,6 +149,14 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # every second
+            now = self._loop.time()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.close_if_late(now)
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not told to uvicorn, which would raise the signal again at its end, before all else is closed.

@@ -30,7 +30,8 @@
  * Threads. Every function may be called from any thread. Calls on one context queue in the order of their arrival;
  *   calls on different contexts run side by side, and contexts of one model share its weights. On the CPU a call works on
  *   several threads, which spin while they wait for each other: on a machine that is busy with other things, set
- *   OMP_WAIT_POLICY=PASSIVE in the environment before the library is loaded.
+ *   GOMP_SPINCOUNT=10000 in the environment before the library is loaded, so that a thread that waits sleeps after some 50
+ *   microseconds.
  * Errors. A call that can fail returns a status, and diffusionz_last_error() says on the same thread what was wrong,
  *   the value, and what is allowed. No C++ exception and no abort crosses this boundary.
  * Growth. Statuses and enum values are added, never renumbered. A struct that can grow begins with `struct_size`,

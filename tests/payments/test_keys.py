@@ -6,6 +6,7 @@ import logging
 import pathlib
 import re
 import threading
+import time
 import traceback
 from typing import Any
 
@@ -150,6 +151,22 @@ def test_last_used_is_known_to_the_minute(keys: Keys, clock: Any) -> None:
     clock.now += 1
     keys.authenticate(new.secret)
     assert keys.list("user:a")[0].used_at == start + 60
+
+
+def test_a_ledger_that_cannot_be_written_is_read_all_the_same(keys: Keys, ledger_path: pathlib.Path) -> None:
+    new = keys.create("user:a")
+    other = open_database(ledger_path)
+    try:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        assert keys.authenticate(new.secret).account == "user:a"
+        assert time.monotonic() - began < 1  # nor is the lock waited for
+        other.execute("ROLLBACK")
+    finally:
+        other.close()
+    assert keys.list("user:a")[0].used_at is None
+    keys.authenticate(new.secret)
+    assert keys.list("user:a")[0].used_at is not None
 
 
 def test_a_key_for_some_services_is_for_no_others(keys: Keys) -> None:

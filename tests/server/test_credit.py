@@ -410,24 +410,21 @@ def test_a_key_makes_no_keys(customer: Callable[..., Customer]) -> None:
 def test_signing_out_and_cookies_that_were_touched(customer: Callable[..., Customer]) -> None:
     one = customer()
     value = one.browser.cookies["diffusionz_session"]
-    account, stamp, signature = value.rsplit(".", 2)
-    flipped = ("A" if signature[0] != "A" else "B") + signature[1:]
-    other = customer().browser.cookies["diffusionz_session"]
+    flipped = ("A" if value[0] != "A" else "B") + value[1:]
+
     with one.server.client() as client:
-        for cookie, status in (
-            (value, 200),
-            (f"{account}.{stamp}.{flipped}", 401),
-            (f"user:somebody.{stamp}.{signature}", 401),
-            (f"{account}.zzzzzz.{signature}", 401),
-            (f"{other.rsplit('.', 2)[0]}.{stamp}.{signature}", 401),
-            (account, 401),
-            ("", 401),
-        ):
-            answer = client.get("/api/balance", headers={"cookie": f"diffusionz_session={cookie}"})
-            assert answer.status_code == status, (cookie, answer.text)
-    out = one.browser.post("/api/sign-out")
-    assert out.status_code == 200 and "diffusionz_session" not in one.browser.cookies
-    problem(one.browser.get("/api/balance"), 401, "unauthorized")
+
+        def status(cookie: str) -> int:
+            return client.get("/api/balance", headers={"cookie": f"diffusionz_session={cookie}"}).status_code
+
+        assert status(value) == 200
+        for other in (flipped, value[:-1], value + "A", one.account, "", "%00", "x" * 5000):
+            assert status(other) == 401, other
+        out = one.browser.post("/api/sign-out")
+        assert out.status_code == 200 and "diffusionz_session" not in one.browser.cookies
+        problem(one.browser.get("/api/balance"), 401, "unauthorized")
+        assert status(value) == 401  # whoever kept a copy has nothing
+    assert one.browser.post("/api/sign-out").status_code == 200
 
 
 def test_signing_in_needs_a_fresh_nonce_and_the_wallets_signature(customer: Callable[..., Customer]) -> None:

@@ -326,9 +326,9 @@ def alive(server: Running) -> Iterator[list[float]]:
 
 
 def test_a_ledger_that_somebody_else_has(shop: Shop, start: Start) -> None:
-    buyer, price = shop.buyer(100 * ZIMAGE), 0
+    buyer, fresh, price = shop.buyer(100 * ZIMAGE), shop.buyer(7), 0
     with shop.serving(start) as server, buyer.client(server) as client, alive(server) as times:
-        for body in (PICTURE, FORECAST):  # both models are loaded, and the key has been seen
+        for body in (PICTURE, FORECAST):  # both models are loaded
             assert client.post("/api/service", json=body).status_code == 200
         price += ZIMAGE + CHRONOS2
         # For a moment: who asks waits.
@@ -348,6 +348,8 @@ def test_a_ledger_that_somebody_else_has(shop: Shop, start: Start) -> None:
                     assert int(answer.headers["retry-after"]) >= 1
                 assert time.monotonic() - began < 8
                 assert client.get("/api/pricing").status_code == 200
+                with fresh.client(server) as reader:  # a key that was never used; who only reads is served
+                    assert reader.get("/api/balance").json()["posted"] == 7
                 time.sleep(0.5)
             job = ended(client, drawn)
             assert job["status"] == "completed" and job["cost"]["charged"]

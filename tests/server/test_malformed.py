@@ -21,7 +21,7 @@ import pytest
 from tests.server.conftest import Running, Start
 from tests.server.shops import ZIMAGE, Buyer, Shop, devnet, no_traceback
 
-BODY_BYTES, BODY_S = 2_000_000, 1.0
+BODY_BYTES, BODY_S, HEAD_S = 2_000_000, 1.0, 2.0
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def sold(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     """A server that sells. Of all that is asked here nothing is held, and it is as large afterwards as before."""
     folder = tmp_path_factory.mktemp("malformed")
     config = folder / "server.toml"
-    config.write_text(f"[limits]\nbody_bytes = {BODY_BYTES}\nbody_s = {BODY_S}\n")
+    config.write_text(f"[limits]\nbody_bytes = {BODY_BYTES}\nbody_s = {BODY_S}\nhead_s = {HEAD_S}\n")
     with devnet(folder) as url:
         shop = Shop(folder / "shop", url)
         buyer = shop.buyer(1000 * ZIMAGE)
@@ -214,6 +214,27 @@ def raw(server: Running, *parts: bytes, pause_s: float = 0.0, patience_s: float 
 def head(buyer: Buyer, *lines: str, path: str = "/api/service") -> bytes:
     about = [f"POST {path} HTTP/1.1", "host: x", f"authorization: Bearer {buyer.key}", "content-type: application/json"]
     return "\r\n".join([*about, *lines, "", ""]).encode()
+
+
+def test_heads_that_do_not_end(sold: tuple[Running, Shop, Buyer]) -> None:
+    """Nothing at all, a byte now and then, or without end; as the first of a connection, and after a request on it."""
+    server, _, _ = sold
+    whole = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    began = time.monotonic()
+    assert raw(server) == b""
+    assert HEAD_S <= time.monotonic() - began < HEAD_S + 2.5
+    line = b"GET /healthz HTTP/1.1\r\n"
+    for before in ([], [whole]):
+        began = time.monotonic()
+        answer = raw(server, *before, line, *[b"x"] * 30, pause_s=0.2)
+        assert answer.count(b"HTTP/1.1 200") == answer.count(b"HTTP/1.1") == len(before), answer
+        # Its size, in pieces that are read one by one.
+        header = b"x-long: " + b"a" * 8000 + b"\r\n"
+        answer = raw(server, *before, line, *[header] * 30, pause_s=0.02)
+        assert answer.count(b"HTTP/1.1 400") == 1 or len(answer) < 300, answer
+    # Slow, and in time.
+    answer = raw(server, line, b"host: x\r\n", b"\r\n", pause_s=HEAD_S / 4)
+    assert answer.startswith(b"HTTP/1.1 200"), answer
 
 
 def test_bodies_that_are_too_large(sold: tuple[Running, Shop, Buyer]) -> None:
