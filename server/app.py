@@ -60,7 +60,6 @@ def create_app(
 
         handlers[PaymentsError] = _problem
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
-    app.state.parts = state
     return Edge(app, state)
 
 

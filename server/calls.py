@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -28,7 +28,7 @@ _KEY = re.compile(r"[!-~]{1,255}")
 
 def state_of(request: Request) -> State:
     """The parts of the server that a request belongs to."""
-    state: State = request.app.state.parts
+    state: State = request.scope["parts"]
     return state
 
 
@@ -41,7 +41,15 @@ async def json_body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise Problem("unsupported-media-type", f"the body is {kind[:60]!r}; it must be application/json")
-    return await request.body()
+    # As request.body() does, without a generator for what mostly is one message.
+    chunks: list[bytes] = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks)
 
 
 async def check_wallet(request: Request, caller: Caller, wallet: str | None, param: str = "wallet_address") -> None:

@@ -50,6 +50,7 @@ class Edge:
                 length = value
         request_id = request_id or b"%s-%d" % (_BOOT.encode(), next(_NUMBERS))
         scope["request_id"] = request_id.decode()
+        scope["parts"] = self.parts
         status = 0
 
         async def sending(message: Message) -> None:

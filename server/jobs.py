@@ -64,7 +64,7 @@ class Result:
         return len(self.json) + sum(len(file.content) for file in self.files)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Order:
     """A valid request, and what it comes to: `units` of the price table, `weight` of the queue's time."""
 
@@ -126,6 +126,8 @@ class Job:
         self.task: asyncio.Task[None] | None = None
         self.begun = False
         self.cancel_asked = False
+        self.late = False
+        """Its time was over before it was done."""
         self.settling = False
         """It is being charged for: a cancel comes too late."""
         self._until_change: set[asyncio.Future[None]] = set()
@@ -199,6 +201,12 @@ class Job:
         # A task that is cancelled before its first step never enters `_carry`, which has to end the job.
         if self.task is not None and self.begun:
             self.task.cancel()
+
+    def stop_late(self) -> None:
+        """Stops it because its time is over."""
+        assert self.task is not None
+        self.late = True
+        self.task.cancel()
 
     # --- Showing it ---
 
@@ -335,24 +343,29 @@ class Jobs:
         try:
             if job.cancel_asked:  # while its price was held
                 raise asyncio.CancelledError
-            async with asyncio.timeout(self.limits.job_s):
+            # Cheaper than asyncio.timeout, and every job has one.
+            timer = asyncio.get_running_loop().call_later(self.limits.job_s, job.stop_late)
+            try:
                 if service.lane is None:
                     raw = await self._run(job)
                 else:
                     async with service.lane.turn(job):
                         raw = await self._run(job)
                 result = await service.finish(job, raw)
+            finally:
+                timer.cancel()
             job.settling = True
             if self.till is not None:
                 await self.till.charge(job)
             job.result = result
             job.status = job.stage = "completed"
         except asyncio.CancelledError:
-            job.problem = Problem("cancelled", "the job was cancelled; nothing was charged")
-            job.status = "cancelled"
-        except TimeoutError:
-            job.problem = Problem("timeout", f"the job was not done within {self.limits.job_s:g} seconds")
-            job.status = "failed"
+            if job.late and not job.cancel_asked:
+                job.problem = Problem("timeout", f"the job was not done within {self.limits.job_s:g} seconds")
+                job.status = "failed"
+            else:
+                job.problem = Problem("cancelled", "the job was cancelled; nothing was charged")
+                job.status = "cancelled"
         except Exception as error:
             job.problem = problem_of(error, job.request_id)
             job.status = "failed"
@@ -389,7 +402,7 @@ class Jobs:
         self._expire()
         self.metrics.ended(job)
         job.changed()
-        job.order = dataclasses.replace(job.order, request=None)  # it may be large, and is of no use any more
+        job.order.request = None  # it may be large, and is of no use any more
         if not job.watchers:
             job.previews.clear()
 

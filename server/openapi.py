@@ -830,22 +830,22 @@ def routes() -> list[Route]:
     # Made at the first request, as the whole route table is there by then. A visitor chooses the Host that the page
     # names, so how many are kept is bounded.
     @functools.lru_cache(maxsize=1)
-    def made(app: Starlette) -> Content:
-        return Content(orjson.dumps(document(app.state.parts, list(documented(app)))), "application/json")
+    def made(state: State, app: Starlette) -> Content:
+        return Content(orjson.dumps(document(state, list(documented(app)))), "application/json")
 
     @functools.lru_cache(maxsize=16)
-    def written(app: Starlette, origin: str) -> Content:
-        return Content(page(app.state.parts, list(documented(app)), origin).encode(), "text/plain; charset=utf-8")
+    def written(state: State, app: Starlette, origin: str) -> Content:
+        return Content(page(state, list(documented(app)), origin).encode(), "text/plain; charset=utf-8")
 
     async def openapi(request: Request) -> Response:
         """GET /openapi.json"""
-        return made(request.app).response(request)
+        return made(state_of(request), request.app).response(request)
 
     async def llms(request: Request) -> Response:
         """GET /llms.txt"""
         origin = state_of(request).settings.public_url or str(request.base_url).rstrip("/")
         if not _ORIGIN.fullmatch(origin):  # its lines are for a shell
             raise Problem("invalid-request", "the Host is not a host")
-        return written(request.app, origin).response(request)
+        return written(state_of(request), request.app, origin).response(request)
 
     return [Route("/openapi.json", openapi), Route("/llms.txt", llms)]

@@ -55,7 +55,7 @@ class Streams:
             )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class State:
     """See the modules of the same names. ledger is None where nothing costs anything."""
 
