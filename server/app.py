@@ -54,7 +54,7 @@ def create_app(
     ]
     # Errors that have a meaning are named: Starlette raises again, into the log, what only Exception's handler answers.
     handlers: dict[Any, Any] = {HTTPException: _refused, Problem: _problem, Exception: _problem}
-    handlers |= {DiffusionzError: _problem, ClientDisconnect: _left}
+    handlers |= {DiffusionzError: _problem, MemoryError: _problem, ClientDisconnect: _left}
     if ledger is not None:
         from diffusionz.payments.errors import PaymentsError
 
