@@ -162,6 +162,7 @@ def serve_peer(kind: str, port: int) -> None:
         from diffusionz.server.metrics import Metrics
         from diffusionz.server.models import Models
         from diffusionz.server.schemas import ImageRequest
+        from diffusionz.server.serve import collect_seldom
         from diffusionz.server.settings import Settings
 
         class Nothing:
@@ -182,6 +183,7 @@ def serve_peer(kind: str, port: int) -> None:
             app, port=port, loop="none", http="httptools", access_log=False, log_level="warning", server_header=False,
             date_header=False, proxy_headers=False,
         )  # fmt: skip
+        collect_seldom()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(uvicorn.Server(config).serve())
     elif kind == "FastAPI":
