@@ -108,6 +108,7 @@ async def _ledger(settings: Settings, address: str, stack: contextlib.AsyncExitS
     """The ledger that the settings ask for; None for a server that gives its work away."""
     if settings.free:
         return None
+    from diffusionz.server.credits import Credits
     from diffusionz.server.ledger import Ledger
 
     if settings.dev:
@@ -118,7 +119,9 @@ async def _ledger(settings: Settings, address: str, stack: contextlib.AsyncExitS
         return Ledger(shop, faucet)
     from diffusionz.payments import settings as payments
 
-    return Ledger(payments.load(settings.payments))
+    ledger = Ledger(payments.load(settings.payments))
+    async with Credits(ledger.settings):  # a ledger that cannot be opened is said in a line, before uvicorn starts
+        return ledger
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -411,13 +411,20 @@ def _spend(client: httpx2.Client) -> bool:
     return client.post("/api/service", json=FORECAST).status_code == 200
 
 
-def test_a_ledger_that_is_gone(shop: Shop, start: Start, tmp_path: pathlib.Path) -> None:
-    """Its settings are there and its folder is not: it does not start, and says why in a line."""
+@pytest.mark.parametrize("lost", ["folder", "database", "pepper"])
+def test_a_ledger_that_is_gone(shop: Shop, start: Start, tmp_path: pathlib.Path, lost: str) -> None:
+    """Its settings are there and something else is not, or is no ledger: it does not start, and says why in a line."""
+    folder, settings = shop.database.parent, shop.config
+    moved = {"folder": folder, "database": shop.database, "pepper": pathlib.Path(str(shop.settings.pepper_file))}[lost]
     away = tmp_path / "away"
-    os.rename(shop.database.parent, away)
+    os.rename(moved, away)
     try:
-        with pytest.raises(AssertionError) as failed, start("--payments", str(away / "payments.toml")):
+        if lost == "folder":
+            settings = str(away / "payments.toml")
+        if lost == "database":
+            moved.write_bytes(b"no ledger" * 1000)
+        with pytest.raises(AssertionError) as failed, start("--payments", settings):
             pass
-        assert "Traceback" not in str(failed.value)
+        assert "Traceback" not in str(failed.value) and moved.name in str(failed.value), failed.value
     finally:
-        os.rename(away, shop.database.parent)
+        os.rename(away, moved)
