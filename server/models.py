@@ -163,6 +163,7 @@ class Models:
         """Lets all go; nothing may run on them."""
         if self._reaper is not None:
             self._reaper.cancel()
+            await asyncio.wait([self._reaper])  # it may be about to take off what it has let go
         for entry in self._entries.values():
             if entry.loading is not None:
                 await asyncio.wait([entry.loading])

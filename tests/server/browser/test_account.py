@@ -141,13 +141,16 @@ def test_the_same_wallet_opens_the_same_account(browser: Browser, dev: str, rich
     assert len(browser.text("#who")) in range(32, 45), "the wallet's address"
 
 
-def test_signing_out_and_coming_back(account: Browser, dev: str) -> None:
-    account.click("#sign-out")
-    account.wait(lambda: account.shown("#out"))
-    assert account.text("#chip") == "Sign in" and account.js("return document.activeElement.tagName") == "H1"
-    account.visit(dev + "/account")
-    account.wait(lambda: account.shown("#out"))
-    assert account.errors() == [], "nobody asks for what nobody may see"
+def test_signing_out_and_coming_back(browser: Browser, dev: str, rich: dict[str, str]) -> None:
+    forget_everything(browser, dev)
+    browser.js("localStorage.setItem('diffusionz-dev-wallet', arguments[0])", rich["wallet"])
+    sign_in(browser, dev)  # in a session of its own, as it ends here
+    browser.click("#sign-out")
+    browser.wait(lambda: browser.shown("#out"))
+    assert browser.text("#chip") == "Sign in" and browser.js("return document.activeElement.tagName") == "H1"
+    browser.visit(dev + "/account")
+    browser.wait(lambda: browser.shown("#out"))
+    assert browser.errors() == [], "nobody asks for what nobody may see"
 
 
 def test_a_session_that_ended_elsewhere(account: Browser, dev: str) -> None:
