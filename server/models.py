@@ -276,7 +276,8 @@ class Models:
         model, entry.model = entry.model, None
         held = entry.bytes
         try:
-            await self._in_thread(model.close)
+            # Shielded: who is cancelled while this waits for its thread must not leave the model open.
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._threads, model.close))
         finally:
             entry.bytes -= held  # it may be loading anew by now
         self.metrics.evictions.labels(entry.spec.name, reason).inc()
