@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -157,6 +158,7 @@ def serve_peer(kind: str, port: int) -> None:
         import uvloop
 
         from diffusionz.server.app import create_app
+        from diffusionz.server.connection import Connection
         from diffusionz.server.decoding import decode
         from diffusionz.server.jobs import Job, Order, Result
         from diffusionz.server.metrics import Metrics
@@ -180,8 +182,8 @@ def serve_peer(kind: str, port: int) -> None:
         settings = Settings(free=True)
         app = create_app(settings, Models((), Metrics()), services=[Nothing()])
         config = uvicorn.Config(
-            app, port=port, loop="none", http="httptools", access_log=False, log_level="warning", server_header=False,
-            date_header=False, proxy_headers=False,
+            app, port=port, loop="none", access_log=False, log_level="warning", server_header=False, date_header=False,
+            proxy_headers=False, http=functools.partial(Connection, limits=settings.limits),  # type: ignore[arg-type]
         )  # fmt: skip
         collect_seldom()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -32,8 +32,8 @@ int32_t remember_failure(const std::exception& error) noexcept {
         }
         const bool device = torch && what.find("CUDA error") != std::string::npos;
         return remember(device ? DIFFUSIONZ_E_DEVICE : DIFFUSIONZ_E_INTERNAL, what.c_str());
-    } catch (...) {  // no memory for the message either
-        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, "the host is out of memory");
+    } catch (...) {  // the host's memory for the message, or the device's that could not be given back
+        return remember(DIFFUSIONZ_E_OUT_OF_MEMORY, "out of memory");
     }
 }
 
