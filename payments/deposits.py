@@ -341,17 +341,14 @@ class Deposits:
         )
         return [Credit(*row) for row in rows]
 
-    def show_arriving(self, amounts: Iterable[tuple[str, int]]) -> None:
-        """Replaces what is shown as arriving in each of these accounts of the chain; 0 or less: nothing is."""
-        shown = dict(self.connection.execute("SELECT account, amount FROM arriving"))
-        changed = [(account, amount) for account, amount in amounts if str(max(amount, 0)) != shown.get(account, "0")]
-        if changed:
+    def show_arriving(self, balances: Iterable[tuple[str, int]]) -> None:
+        """Replaces what is shown as arriving in each of these accounts of the chain: what its balance there, which need
+        not be final, is beyond what is recorded."""
+        found = list(balances)
+        if any(self._beyond(account, balance) != self._shown(account) for account, balance in found):
             with immediate(self.connection):
-                for account, amount in changed:
-                    if amount > 0:
-                        self.connection.execute("INSERT OR REPLACE INTO arriving VALUES (?, ?)", (account, str(amount)))
-                    else:
-                        self.connection.execute("DELETE FROM arriving WHERE account = ?", (account,))
+                for account, balance in found:
+                    self._show(account, self._beyond(account, balance))
 
     def arriving(self, user: str) -> list[tuple[str, int]]:
         """(mint, amount) of what has arrived at the addresses of one of the ledger's accounts and is not final."""
@@ -427,7 +424,25 @@ class Deposits:
         gained = self._delta(transaction, destination, self.treasury, mint)
         return "sweep" if written or gained >= taken else "loss"
 
+    def _beyond(self, account: str, balance: int) -> int:
+        """What `balance` is beyond the account's recorded one, at least 0."""
+        row = self.connection.execute("SELECT balance FROM chain_accounts WHERE account = ?", (account,)).fetchone()
+        return max(balance - int(row[0]), 0)
+
+    def _shown(self, account: str) -> int:
+        """What is shown as arriving in the account."""
+        row = self.connection.execute("SELECT amount FROM arriving WHERE account = ?", (account,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def _show(self, account: str, amount: int) -> None:
+        if amount > 0:
+            self.connection.execute("INSERT OR REPLACE INTO arriving VALUES (?, ?)", (account, str(amount)))
+        else:
+            self.connection.execute("DELETE FROM arriving WHERE account = ?", (account,))
+
     def _receive(self, movement_id: int, movement: Movement, address: str) -> None:
+        # In the transaction that credits it: nobody sees a deposit twice, in the balance and on its way.
+        self._show(movement.account, self._shown(movement.account) - movement.delta)
         self.connection.execute("INSERT INTO waiting VALUES (?, 'new')", (movement_id,))
         (user,) = self.connection.execute(
             "UPDATE deposit_addresses SET used_at = coalesce(used_at, ?) WHERE address = ? RETURNING account",

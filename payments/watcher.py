@@ -336,8 +336,7 @@ class Watcher:
         hot = self._hot()
         accounts = await self.chain.accounts([Pubkey.from_string(row.account) for row in hot], commitment="confirmed")
         self.deposits.show_arriving(
-            (row.account, self._balance(row, state) - row.balance)
-            for row, state in zip(hot, accounts.values, strict=True)
+            (row.account, self._balance(row, state)) for row, state in zip(hot, accounts.values, strict=True)
         )
 
     async def _find_strays(self, rows: list[Watched]) -> None:

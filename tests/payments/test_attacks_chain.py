@@ -30,6 +30,7 @@ from spl.token.constants import ASSOCIATED_TOKEN_PROGRAM_ID, TOKEN_2022_PROGRAM_
 from spl.token.instructions import AuthorityType
 
 from diffusionz.payments.addresses import DerivedAddress, Seed, derive_pool
+from diffusionz.payments.chain import Chain
 from diffusionz.payments.database import IntegrityError, open_database
 from diffusionz.payments.deposits import SOL
 from diffusionz.payments.devnet import faults, mints
@@ -355,6 +356,28 @@ def test_A13_what_is_not_final_is_shown_and_cannot_be_spent(world: World) -> Non
     world.scan()
     assert world.deposits.arriving("user:a") == []
     assert world.credit() == 50 + world.rate * 10**9
+    world.check()
+
+
+def test_A13_what_becomes_final_is_not_seen_twice(world: World) -> None:
+    """Seen in a server's test: a balance that had the deposit in it, and the deposit on its way beside it."""
+    seen = []
+
+    class Looking(Chain):
+        async def accounts(self, *args: Any, **options: Any) -> Any:
+            seen.append((world.credit(), world.deposits.arriving("user:a")))
+            return await super().accounts(*args, **options)
+
+    address = world.issue()
+    world.pay(address, 10**6)
+    world.devnet.advance(1)
+    world.scan()
+    world.pay(address, 50)
+    world.devnet.finalize()  # both: more is recorded than was shown
+    chain = Looking(world.devnet.client())
+    world.run(world.new_watcher(chain).scan())
+    assert seen == [(0, [(str(world.mint), 10**6)]), (10**6 + 50, [])]  # before it is read, and before the next look
+    world.run(chain.close())
     world.check()
 
 
