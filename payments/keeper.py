@@ -111,6 +111,11 @@ class Keeper:
             name: dataclasses.replace(status, running=status.running and alive) for name, status in self._status.items()
         }
 
+    def asked_for_rates(self) -> bool:
+        """Whether the sources have been asked once, whatever they said: before that a new ledger has no price."""
+        status = self._status.get("rates")
+        return status is None or status.last_success is not None or status.failures > 0
+
     # Supervision: all of this runs in the thread.
 
     async def _keep(self) -> None:

@@ -230,6 +230,15 @@ class Keys:
                 (tokens, key.id, call_id),
             )
 
+    def forget(self, account: str, call_id: str) -> None:
+        """The call cost nothing, whichever of the account's keys it was made with."""
+        with immediate(self._connection):
+            self._connection.execute(
+                "UPDATE key_spending SET tokens = 0 WHERE call_id = ?"
+                " AND key IN (SELECT id FROM api_keys WHERE account = ?)",
+                (call_id, account),
+            )
+
     def spent(self, id: str, day: int) -> int:
         """Base units that count against the key's limit on a day (days since 1970, UTC)."""
         (spent,) = self._connection.execute(

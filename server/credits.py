@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import logging
 import math
 import queue
 import threading
@@ -31,6 +32,7 @@ from diffusionz.payments.errors import AmountError, ConflictError, RateError, St
 from diffusionz.payments.identity import Challenge, Identity, SignedIn
 from diffusionz.payments.keys import Key, Keys, NewKey
 from diffusionz.payments.notices import Notices
+from diffusionz.payments.presence import Presence
 from diffusionz.payments.prices import PriceBook, format_usd
 from diffusionz.payments.rates import SOL_DECIMALS, usd
 from diffusionz.payments.sessions import Sessions
@@ -38,6 +40,8 @@ from diffusionz.payments.settings import Settings
 from diffusionz.payments.shop import Shop, assemble, open_connection
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # How long a request waits for a locked ledger, from when it was asked: those that queue up wait beside each other.
 BUSY_TIMEOUT_S = 2.0
@@ -65,7 +69,8 @@ class Credits:
         await self.close()
 
     async def open(self) -> None:
-        """Opens the database, which has to be there. Raises ConfigurationError, StorageError."""
+        """Opens the database, which has to be there. The first one there gives back what is held for calls of servers
+        that were killed. Raises ConfigurationError, StorageError."""
         self._thread.start()
         try:
             await self._thread.run(self._open)
@@ -313,6 +318,7 @@ class Credits:
 
     def _open(self) -> None:
         connection = open_connection(self.settings, busy_timeout_s=BUSY_TIMEOUT_S)
+        presence = Presence(self.settings.database)
         try:
             self._keys = Keys.from_settings(self.settings, connection)
             self._sessions = Sessions(connection)
@@ -321,15 +327,28 @@ class Credits:
             self._charges = Charges(self._shop.ledger, self._book)
             self._notices = Notices.from_settings(self.settings, connection)
             self._signing = Identity.from_settings(self.settings, self._shop.ledger) if self.settings.domain else None
+            self._connection = connection
+            presence.enter(if_alone=self._void_abandoned)
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._presence = presence
         self._waits_ms = round(BUSY_TIMEOUT_S * 1000)
 
     def _close(self) -> None:
-        if hasattr(self, "_connection"):
+        if hasattr(self, "_presence"):
+            self._presence.leave()
             self._connection.close()
+
+    def _void_abandoned(self) -> None:
+        """Gives back what is held for calls that nobody works on any more, since their server was killed."""
+        if not (abandoned := self._charges.open_calls()):
+            return  # mostly, and then a locked ledger can be opened all the same
+        with immediate(self._connection):
+            for hold in abandoned:
+                self._charges.void(hold.call_id, "the server ended before it was done")
+                self._keys.forget(hold.account, hold.call_id)
+        logger.warning("%d calls had been cut off: what was held for them is given back", len(abandoned))
 
     def _identity(self) -> Identity:
         self.settings.require("domain")

@@ -19,9 +19,10 @@ async def healthz(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """GET /readyz: 503 while it starts or drains."""
+    """GET /readyz: 503 while it starts, which takes a first look for prices too, or drains."""
     state = state_of(request)
-    reason = "draining" if state.jobs.draining else "" if state.ready else "starting"
+    started = state.ready and (state.ledger is None or state.ledger.keeper.asked_for_rates())
+    reason = "draining" if state.jobs.draining else "" if started else "starting"
     about = {"status": reason or "ok", "jobs": state.jobs.active, "models": [row["name"] for row in state.models.ps()]}
     if state.ledger is not None:
         about["payments"] = state.ledger.keeper.status()

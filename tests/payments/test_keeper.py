@@ -232,6 +232,7 @@ def test_a_source_without_a_rate_is_told(settings: Settings, keep: Callable[...,
     )
     keeper = keep(settings)
     said = until(lambda: keeper.status()["rates"].last_error)
+    assert keeper.asked_for_rates()  # a server with nothing to sell is no server that starts
     assert "token: rate refused" in said and "nowhere.json" in said
     assert keeper.status()["rates"].running and keeper.status()["rates"].failures >= 1
 
@@ -242,7 +243,9 @@ def test_a_locked_ledger_is_waited_for(settings: Settings, keep: Callable[..., K
         keeper = keep(settings)
         until(lambda: keeper.status()["holds"].failures >= 1)
         assert "locked" in str(keeper.status()["holds"].last_error)
+        assert not keeper.asked_for_rates()
     until(lambda: keeper.status()["watcher"].running)
+    until(keeper.asked_for_rates)
     other.close()
 
 

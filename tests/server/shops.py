@@ -132,12 +132,10 @@ class Shop:
 
     @contextlib.contextmanager
     def serving(self, start: Any, *arguments: str, **options: Any) -> Iterator[Running]:
-        """A server that sells from it, once there are prices."""
+        """A server that sells from it, once it says that it is ready."""
         with start("--payments", self.config, *arguments, **options) as server:
-            deadline = time.monotonic() + PATIENCE_S
-            while not all(s["tokens"] for s in httpx2.get(server.url + "/api/pricing").json()["services"]):
-                assert time.monotonic() < deadline, server.log.read_text()
-                time.sleep(0.05)
+            prices = httpx2.get(server.url + "/api/pricing").json()["services"]
+            assert all(service["tokens"] for service in prices), server.log.read_text()
             yield server
 
 

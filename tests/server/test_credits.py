@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import multiprocessing
 import pathlib
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from diffusionz.payments.errors import (
     NotFoundError,
     StorageError,
 )
-from diffusionz.payments.keys import DAY_S, Key
+from diffusionz.payments.keys import DAY_S, Key, Keys
 from diffusionz.payments.rates import PICO, RateRules
 from diffusionz.payments.settings import Settings, create_secret
 from diffusionz.server import credits as credits_module
@@ -41,27 +42,33 @@ TOKEN = 10**6
 FORECAST = 25 * TOKEN  # half a dollar at a high of two cents
 IMAGE = 50 * TOKEN
 CLIENT = "127.0.0.1"
+PATIENCE_S = 120.0
 
 Test = Callable[[Credits], Coroutine[Any, Any, None]]
 
 
-@pytest.fixture
-def settings(tmp_path: pathlib.Path) -> Settings:
-    """Of a ledger whose user:a has a thousand tokens; no chain is there, and none is needed."""
-    create_secret(tmp_path / "pepper")
-    made = Settings(
-        database=str(tmp_path / "payments.db"),
+def settings_in(folder: pathlib.Path) -> Settings:
+    """No chain is there, and none is needed."""
+    return Settings(
+        database=str(folder / "payments.db"),
         network="localnet",
         genesis_hash=str(Pubkey.from_bytes(bytes([1] * 32))),
         mint=str(Pubkey.from_bytes(bytes([2] * 32))),
         treasury=str(Pubkey.from_bytes(bytes([3] * 32))),
-        pepper_file=str(tmp_path / "pepper"),
+        pepper_file=str(folder / "pepper"),
         domain="localhost",
         rates_token_sources=("fixed",),
         rates_fixed_token=PICO // 100,
         rates_first_high=PICO // 50,
         rates=RateRules(min_sources=1, market_min_samples=1),
     )
+
+
+@pytest.fixture
+def settings(tmp_path: pathlib.Path) -> Settings:
+    """Of a ledger whose user:a has a thousand tokens."""
+    create_secret(tmp_path / "pepper")
+    made = settings_in(tmp_path)
     with contextlib.closing(open_database(made.database)) as connection:
         parts = shop.assemble(made, connection)
         parts.addresses.add(derive_pool(Seed(bytes(range(32))), "localnet", 0, 2))
@@ -471,6 +478,52 @@ def test_keys(run: Callable[..., None]) -> None:
                 await credits.authenticate(secret)
 
     run(test)
+
+
+def hold_and_wait(folder: pathlib.Path, secret: str, ready: Any) -> None:
+    """A server's process, in the middle of a call."""
+
+    async def go() -> None:
+        async with Credits(settings_in(folder)) as credits:
+            key = await credits.authenticate(secret)
+            await credits.hold(key, "user:a", "chronos2", 1, "cut-off", "request", 600)
+            ready.set()
+            await asyncio.sleep(600)
+
+    asyncio.run(go())
+
+
+def test_what_a_killed_server_held_is_given_back(
+    run: Callable[..., None], settings: Settings, tmp_path: pathlib.Path
+) -> None:
+    """By the first that serves from the ledger again, to the key's limit too; not beside a server that lives."""
+    with shop.opened(settings) as parts:
+        key = Keys.from_settings(settings, parts.connection).create("user:a", daily_limit=100 * TOKEN)
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    server = context.Process(target=hold_and_wait, args=(tmp_path, key.secret, ready))
+    server.start()
+    try:
+        assert ready.wait(PATIENCE_S)
+
+        async def beside(credits: Credits) -> None:
+            assert (await credits.balance("user:a"))["held"] == FORECAST
+
+        run(beside)
+    finally:
+        server.kill()
+        server.join()
+
+    async def after(credits: Credits) -> None:
+        assert (await credits.balance("user:a"))["held"] == 0
+        hold = await credits.find("cut-off")
+        assert hold is not None and hold.state == "voided"
+        with shop.opened(settings) as parts:
+            assert Keys.from_settings(settings, parts.connection).spent(key.key.id, int(time.time()) // DAY_S) == 0
+        (line,) = [line for line in await credits.history("user:a") if line["kind"] == "void"]
+        assert line["note"] == "the server ended before it was done"
+
+    run(after)
 
 
 def test_an_address_for_deposits(run: Callable[..., None], settings: Settings) -> None:

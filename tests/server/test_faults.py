@@ -94,6 +94,7 @@ def test_killed_under_load(shop: Shop, start: Start) -> None:
     assert doubtful, "nothing was cut off"
     shop.audit("--offline")
     with shop.serving(start) as server, buyer.client(server) as client:
+        assert shop.balance(buyer)[1] == 0, "still held for calls of the server that was killed"
         for key, body in doubtful:
             answer = client.post("/api/service", json=body, headers={"idempotency-key": key})
             # Had it not come so far as to be held, it is a new one.
