@@ -564,7 +564,7 @@ def test_an_account_whose_owner_looks_like_a_mint_is_none(market: Market) -> Non
 
 
 @given(st.sampled_from([TOKEN_PROGRAM_ID, TOKEN_2022_PROGRAM_ID, Pubkey.default()]), st.binary(max_size=400))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_break_the_token_parsers(program: Pubkey, data: bytes) -> None:
     for size in (0, 82, 165, 166, 400):
         padded = (data + bytes(400))[:size]
@@ -745,7 +745,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_happens_finalized_history_only_grows_and_explains_the_balance(steps: list[tuple[str, int]]) -> None:
     market = Market()
     devnet = market.devnet
@@ -880,7 +880,7 @@ _JSON = st.recursive(
 
 
 @given(_NAMES, st.lists(_JSON, max_size=3))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_no_parameters_break_the_node(method: str, params: list[Any]) -> None:
     answer = _devnet_for_anything.ask(method, *params)
     if isinstance(answer, dict) and "code" in answer:

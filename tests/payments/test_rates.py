@@ -197,7 +197,7 @@ def test_a_deposit_of_sol_is_rounded_down(rates: Rates) -> None:
 # What one trade can and cannot do.
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(spike=st.integers(1, RATE_MAX), position=st.integers(1, 359), seed=st.integers(0, 10**6))
 def test_B7_one_sample_moves_the_market_within_the_others_and_the_high_not_at_all(
     tmp_path_factory: pytest.TempPathFactory, spike: int, position: int, seed: int
