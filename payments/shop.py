@@ -286,7 +286,7 @@ async def call(url: str, method: str, *params: object) -> Any:
     """A JSON-RPC method that the client of Solana has no name for. Raises ChainError."""
     request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
     try:
-        async with httpx2.AsyncClient() as client:
+        async with httpx2.AsyncClient(timeout=20.0) as client:  # as patient as Chain: a dev chain shares its machine
             answer = (await client.post(url, json=request)).json()
     except (httpx2.HTTPError, ValueError) as error:
         raise ChainError(f"{method}: the node does not answer: {type(error).__name__}") from None

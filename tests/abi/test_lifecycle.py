@@ -40,7 +40,7 @@ def test_a_thousand_contexts_leave_memory_flat(family: Family) -> None:
 def test_eight_threads_on_one_context(family: Family) -> None:
     build, model = family
     program = build("hammer.c", "-pthread")
-    done = subprocess.run([program, model], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program, model], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
 
 
@@ -49,7 +49,7 @@ def test_no_call_leaks(family: Family) -> None:
     both. No read or write is invalid."""
     build, model = family
     command = ["valgrind", "--leak-check=full", "--show-leak-kinds=none", "--num-callers=30", build("calls.c"), model]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     invalid = re.findall(r"Invalid (?:read|write|free).*(?:\n.*){8}", done.stderr)
     assert not invalid, invalid

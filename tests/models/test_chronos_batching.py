@@ -147,7 +147,7 @@ def test_every_process_has_the_same_bits(tmp_path):
     )
 
     def forecast() -> str:
-        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, check=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, check=True, timeout=600)
         assert len(done.stdout) == 3 * 4
         return hashlib.sha256(done.stdout).hexdigest()
 

@@ -51,7 +51,7 @@ def tool(probe, tmp_path):
     class Tool:
         def call(self, *args):
             done = subprocess.run(
-                [probe("image_probe"), *map(str, args)], capture_output=True, timeout=120, check=False
+                [probe("image_probe"), *map(str, args)], capture_output=True, timeout=600, check=False
             )
             if done.returncode:
                 message = done.stderr.decode()

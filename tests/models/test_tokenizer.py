@@ -3,8 +3,8 @@
 
 import json
 import random
+import resource
 import subprocess
-import time
 import unicodedata
 
 import pytest
@@ -91,7 +91,7 @@ def run(executable, path, texts, max_tokens=10**6, *options):
     """Ids of each text by the probe."""
     lines = "".join(json.dumps(text) + "\n" for text in texts)
     done = subprocess.run(
-        [executable, path, str(max_tokens), *options], input=lines, capture_output=True, text=True, timeout=120
+        [executable, path, str(max_tokens), *options], input=lines, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -255,14 +255,15 @@ def test_long_and_short_texts(probe, reference, saved, text):
 
 
 def test_time_grows_with_the_length_alone(probe, saved):
-    """A megabyte of what is worst for merging, splitting and normalizing."""
+    """A megabyte of what is worst for merging, splitting and normalizing. Of processor time: a busy machine does not
+    count."""
     texts = [
         text * (1_000_000 // len(text.encode()))
         for text in ("a", " ", "e\u0316\u0301", "\u0301\u0316", "<|im_", "'", "word ")
     ]
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     run(probe("tokenizer_probe"), saved, texts)
-    assert time.monotonic() - start < 20
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20
 
 
 def test_gpt2_pattern_of_byte_level(probe, tmp_path):
@@ -389,7 +390,7 @@ def test_patterns_that_two_libraries_read_differently_are_refused(probe, saved, 
 
 def refused(probe, path, message):
     done = subprocess.run(
-        [probe("tokenizer_probe"), path, "9"], input='"a"\n', capture_output=True, text=True, timeout=60
+        [probe("tokenizer_probe"), path, "9"], input='"a"\n', capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     assert message in done.stderr
@@ -411,6 +412,6 @@ def test_damaged_files_are_refused(probe, saved, tmp_path):
     [(b"\xff", 0), (b"ab\xc3", 2), (b"a\xed\xa0\x80", 1), (b"\xc0\x80", 0), (b"\xf4\x90\x80\x80", 0), (b"ok\x80", 2)],
 )
 def test_text_that_is_not_utf8_is_refused(probe, saved, text, offset):
-    done = subprocess.run([probe("tokenizer_probe"), saved, "9", "--raw"], input=text, capture_output=True, timeout=60)
+    done = subprocess.run([probe("tokenizer_probe"), saved, "9", "--raw"], input=text, capture_output=True, timeout=600)
     assert done.returncode == 1
     assert f"byte {offset} of {len(text)} begins no character" in done.stderr.decode()

@@ -425,7 +425,7 @@ def test_A14_processes_that_record_the_same_transactions_credit_once(world: Worl
     fork = multiprocessing.get_context("fork")
 
     def record() -> None:
-        deposits = world.new_deposits(open_database(world.path))
+        deposits = world.new_deposits(open_database(world.path, busy_timeout_s=120.0))
         for transaction in transactions:
             deposits.record(transaction)
 
@@ -433,7 +433,7 @@ def test_A14_processes_that_record_the_same_transactions_credit_once(world: Worl
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join()
     assert [process.exitcode for process in processes] == [0] * 8
     assert world.credit() == sum(range(1, 21))
     world.settle()
@@ -608,7 +608,7 @@ def test_A18_the_task_survives_everything(world: World, caplog: pytest.LogCaptur
     class GeneratorExitLike(BaseException):
         pass
 
-    world.run(asyncio.wait_for(scenario(), 60))
+    world.run(asyncio.wait_for(scenario(), 300))
     assert world.credit() == 31
     world.check()
 

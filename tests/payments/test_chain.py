@@ -507,7 +507,9 @@ async def answering(status: int, body: bytes) -> AsyncIterator[int]:
     """A port where every request gets this reply."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        asked = await reader.readuntil(b"\r\n\r\n")
+        length = next(line for line in asked.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        await reader.readexactly(int(length.partition(b":")[2]))  # closing on what is unread resets the connection
         head = f"HTTP/1.1 {status} Some\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         writer.write(head.encode() + body)
         writer.close()

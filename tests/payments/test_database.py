@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 import types
 
 import pytest
@@ -171,7 +170,8 @@ def test_opening_needs_no_lock_when_nothing_is_new(connection, ledger_path):
 def test_processes_that_start_together_make_the_tables_once(ledger_path):
     code = (
         "import sys; from diffusionz.payments.database import open_database; sys.stdin.read(); "
-        "c = open_database(sys.argv[1]); print(c.execute('SELECT count(*) FROM accounts').fetchone()[0])"
+        "c = open_database(sys.argv[1], busy_timeout_s=120.0); "
+        "print(c.execute('SELECT count(*) FROM accounts').fetchone()[0])"
     )
     processes = [
         subprocess.Popen(
@@ -233,11 +233,10 @@ def test_immediate_within_immediate_is_a_part_of_it(connection):
 
 def test_immediate_is_the_only_writer_from_its_first_line(connection, ledger_path):
     other = open_database(ledger_path, busy_timeout_s=0.05)
+    assert other.execute("PRAGMA busy_timeout").fetchone() == (50,)
     with immediate(connection):
-        begin = time.monotonic()
         with pytest.raises(StorageError, match="database is locked"), immediate(other):
             pytest.fail("there are two writers")
-        assert time.monotonic() - begin < 5
     with immediate(other):
         add(other, "a")
     other.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -37,6 +36,7 @@ from spl.token.constants import TOKEN_2022_PROGRAM_ID, TOKEN_PROGRAM_ID
 from diffusionz.payments import tokens
 from diffusionz.payments.devnet import Devnet, mints
 from diffusionz.payments.devnet.parsed import base58, from_base58
+from tests.payments.world import port_of_ones_own
 
 SOL = 10**9
 RENT = 890_880  # of an account without data
@@ -564,7 +564,7 @@ def test_an_account_whose_owner_looks_like_a_mint_is_none(market: Market) -> Non
 
 
 @given(st.sampled_from([TOKEN_PROGRAM_ID, TOKEN_2022_PROGRAM_ID, Pubkey.default()]), st.binary(max_size=400))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_break_the_token_parsers(program: Pubkey, data: bytes) -> None:
     for size in (0, 82, 165, 166, 400):
         padded = (data + bytes(400))[:size]
@@ -745,7 +745,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_happens_finalized_history_only_grows_and_explains_the_balance(steps: list[tuple[str, int]]) -> None:
     market = Market()
     devnet = market.devnet
@@ -807,21 +807,20 @@ def test_a_served_devnet_is_controlled_by_its_own_methods(market: Market) -> Non
 
 def test_serving_ends_when_it_is_cancelled_and_leaves_the_port() -> None:
     async def run() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-        for _ in range(2):
-            serving = asyncio.create_task(Devnet(slot_seconds=0.01).serve(port=port))
-            async with AsyncClient(f"http://127.0.0.1:{port}", max_transport_retries=200) as client:
-                while not await client.is_connected():
-                    await asyncio.sleep(0.01)
-                first = (await client.get_slot()).value
-                await asyncio.sleep(0.1)
-                assert (await client.get_slot()).value > first
-            serving.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await serving
+        with port_of_ones_own() as port:
+            for _ in range(2):
+                serving = asyncio.create_task(Devnet(slot_seconds=0.01).serve(port=port))
+                async with AsyncClient(f"http://127.0.0.1:{port}", max_transport_retries=200) as client:
+                    while not await client.is_connected():
+                        await asyncio.sleep(0.01)
+                    first = (await client.get_slot()).value
+                    while (await client.get_slot()).value == first:
+                        await asyncio.sleep(0.01)
+                serving.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await serving
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 # Bad requests --------------------------------------------------------------------------------------------------------
@@ -880,7 +879,7 @@ _JSON = st.recursive(
 
 
 @given(_NAMES, st.lists(_JSON, max_size=3))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_no_parameters_break_the_node(method: str, params: list[Any]) -> None:
     answer = _devnet_for_anything.ask(method, *params)
     if isinstance(answer, dict) and "code" in answer:

@@ -148,7 +148,7 @@ def test_B11_one_of_many_at_once_gets_in(identity: Identity, ledger_path: Any, c
     gate = threading.Barrier(8)
 
     def attempt() -> None:
-        connection = open_database(ledger_path)
+        connection = open_database(ledger_path, busy_timeout_s=120.0)
         mine = Identity(Ledger(connection, clock), domain="example.org", clock=clock)
         gate.wait()
         try:

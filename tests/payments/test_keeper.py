@@ -14,18 +14,20 @@ from typing import Any
 import pytest
 from solders.pubkey import Pubkey
 
-from diffusionz.payments import keeper as keeper_module
 from diffusionz.payments import shop
 from diffusionz.payments.background import Background
 from diffusionz.payments.database import immediate, open_database
 from diffusionz.payments.devnet import Devnet
 from diffusionz.payments.errors import ConfigurationError, SeedError
-from diffusionz.payments.keeper import Keeper
+from diffusionz.payments.keeper import Keeper, Status
 from diffusionz.payments.notices import Notices
 from diffusionz.payments.settings import Settings, load
 from diffusionz.payments.watcher import Watcher
+from tests.payments.world import port_of_ones_own
 
 NOWHERE = "http://127.0.0.1:9"  # the port that discards
+PATIENCE_S = 120.0  # for what is done in a second where nobody else is busy
+NODE_S = 20.0  # that a node's answer is waited for
 
 
 class LiveChain:
@@ -48,7 +50,7 @@ class LiveChain:
         async def mint() -> None:
             self.devnet.mint_to(Pubkey.from_string(str(settings.mint)), Pubkey.from_string(address), tokens)
 
-        self.background.call(mint()).result(10)
+        self.background.call(mint()).result(PATIENCE_S)
 
     @contextlib.contextmanager
     def serving_at(self, port: int) -> Iterator[None]:
@@ -68,11 +70,11 @@ class LiveChain:
         try:
             yield
         finally:
-            self.background.call(end()).result(5)
-            served.result(10)
+            self.background.call(end()).result(PATIENCE_S)
+            served.result(PATIENCE_S)
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -84,7 +86,7 @@ def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
 def chain() -> Iterator[LiveChain]:
     chain = LiveChain()
     yield chain
-    assert chain.background.stop()
+    assert chain.background.stop(PATIENCE_S)
 
 
 @pytest.fixture
@@ -95,6 +97,12 @@ def settings(chain: LiveChain, tmp_path: pathlib.Path) -> Settings:
     with shop.opened(made) as parts:
         parts.ledger.open_account("user:a", "user")
     return made
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with port_of_ones_own() as port:
+        yield port
 
 
 @pytest.fixture
@@ -114,15 +122,18 @@ def keep() -> Iterator[Callable[..., Keeper]]:
         keepers.append(Keeper(settings, **quick | options))
         began = time.monotonic()
         keepers[-1].start()
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < NODE_S / 2
         return keepers[-1]
 
     yield start
     for keeper in keepers:
-        began = time.monotonic()
-        assert keeper.stop()
-        assert time.monotonic() - began < 2.5
+        assert keeper.stop(NODE_S * 3 / 4)
         assert not any(status.running for status in keeper.status().values())
+
+
+def well(status: Status) -> bool:
+    """All of one look: the keeper's thread goes on meanwhile."""
+    return status.running and status.failures == 0 and time.time() - (status.last_success or 0) < 60
 
 
 def credit(settings: Settings, account: str = "user:a") -> int:
@@ -146,30 +157,28 @@ def test_what_a_server_needs_goes_on_by_itself(
         Notices.from_settings(settings, parts.connection).subscribe("user:a", "ann@example.org", low_balance=10)
         parts.ledger.open_account("user:b", "user")
         parts.ledger.transfer("gift", "adjustments", "user:b", 100, "gift")
-        parts.ledger.hold("forgotten", "user:b", "revenue:first_party", 60, int(time.time()) + 1, "zimage")
+        soon = int(time.time()) + 2
+        assert parts.ledger.hold("forgotten", "user:b", "revenue:first_party", 60, soon, "zimage").accepted
     keeper = keep(settings)
     assert set(keeper.status()) == {"holds", "rates", "watcher", "sweeper", "notices"}
     chain.pay(settings, address, 5_000_000)
     until(lambda: credit(settings) == 5_000_000)
     with shop.opened(settings) as parts:
         until(lambda: parts.ledger.balance("user:b").held == 0)
+        until(lambda: keeper.status()["rates"].running)
         assert parts.rates.token_rate("market", time.time()).pico_usd == 10**10
         swept = "SELECT sum(delta) FROM movements WHERE kind = 'sweep'"
         until(lambda: parts.connection.execute(swept).fetchone()[0] == -5_000_000)
-        assert parts.connection.execute("SELECT account, kind, tokens, state FROM notices").fetchall() == [
-            ("user:a", "deposit", 5_000_000, "waiting")
-        ]
+        noted = parts.connection.execute("SELECT account, kind, tokens FROM notices").fetchall()
+        assert noted == [("user:a", "deposit", 5_000_000)]  # whether it waits still, or is being sent
         assert [line for line in parts.ledger.check() if not line.holds] == []
         assert parts.deposits.alarms() == []
-    for status in until(lambda: all(s.running for s in keeper.status().values()) and keeper.status()).values():
-        assert status.failures == 0 and time.time() - status.last_success < 60
+    until(lambda: all(well(status) for status in keeper.status().values()))
 
 
 def test_a_node_that_comes_later_and_goes_again(
-    chain: LiveChain, settings: Settings, keep: Callable[..., Keeper]
+    chain: LiveChain, settings: Settings, keep: Callable[..., Keeper], port: int
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
     address = issue(settings)
     keeper = keep(dataclasses.replace(settings, rpc_urls=(f"http://127.0.0.1:{port}/secret-key",)))
     until(lambda: keeper.status()["watcher"].failures >= 2 and keeper.status()["sweeper"].failures >= 1)
@@ -179,8 +188,7 @@ def test_a_node_that_comes_later_and_goes_again(
     with chain.serving_at(port):
         chain.pay(settings, address, 7)
         until(lambda: credit(settings) == 7)
-        until(lambda: keeper.status()["watcher"].running)
-        assert keeper.status()["watcher"].failures == 0
+        until(lambda: well(keeper.status()["watcher"]))
     until(lambda: keeper.status()["watcher"].failures >= 2)
     with chain.serving_at(port):
         until(lambda: keeper.status()["watcher"].running)
@@ -253,8 +261,7 @@ def test_stop_does_not_wait_for_a_node_that_is_silent(settings: Settings, keep: 
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
         keeper = keep(dataclasses.replace(settings, rpc_urls=(f"http://127.0.0.1:{silent.getsockname()[1]}",)))
         until(lambda: keeper.status()["holds"].running)
-        began = time.monotonic()
-        assert keeper.stop() and time.monotonic() - began < 2
+        assert keeper.stop(NODE_S * 3 / 4)
     assert keeper.stop()  # again is fine
     assert Keeper(settings).stop()  # and before it was started
 
@@ -265,8 +272,7 @@ def test_stop_while_the_ledger_is_locked(settings: Settings, keep: Callable[...,
     other = open_database(settings.database)
     with immediate(other):
         time.sleep(0.3)
-        began = time.monotonic()
-        assert keeper.stop() and time.monotonic() - began < keeper_module.BUSY_TIMEOUT_S + 1
+        assert keeper.stop(8)  # others wait 10 s for the lock
     other.close()
 
 

@@ -160,7 +160,7 @@ def test_a_ledger_that_cannot_be_written_is_read_all_the_same(keys: Keys, ledger
         other.execute("BEGIN IMMEDIATE")
         began = time.monotonic()
         assert keys.authenticate(new.secret).account == "user:a"
-        assert time.monotonic() - began < 1  # nor is the lock waited for
+        assert time.monotonic() - began < 8  # nor is the lock waited for, which would be for 10 s
         other.execute("ROLLBACK")
     finally:
         other.close()
@@ -225,7 +225,7 @@ def test_B1_B13_many_at_once_pass_a_limit_not_by_one(keys: Keys, ledger_path: pa
     gate = threading.Barrier(8)
 
     def spend(worker: int) -> None:
-        connection = open_database(ledger_path)
+        connection = open_database(ledger_path, busy_timeout_s=120.0)
         mine = Keys(connection, PEPPER, clock=clock)
         gate.wait()
         for call in range(5):

@@ -299,7 +299,7 @@ def test_B1_threads_with_balance_for_k_calls_run_exactly_k(ledger, ledger_path):
     answers, start = [], threading.Barrier(6)
 
     def work(worker):
-        connection = open_database(ledger_path)
+        connection = open_database(ledger_path, busy_timeout_s=120.0)
         try:
             mine = Ledger(connection, ledger.clock)
             start.wait()

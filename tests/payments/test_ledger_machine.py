@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import tempfile
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -210,7 +210,5 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.accounts() == {name: replayed.get(name, Sums()) for name in self.ledger.accounts()}
 
 
-LedgerMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=60)
 TestLedgerAgainstTheModel = LedgerMachine.TestCase

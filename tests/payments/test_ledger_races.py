@@ -175,9 +175,10 @@ def test_B10_kill_9_what_was_acknowledged_is_stored_and_nothing_else(ledger, led
     chance, known = random.Random(5), {"d"}
     for _ in range(6):
         process = start(ledger_path, work_until_killed, workers=2)
-        time.sleep(chance.uniform(0.1, 0.5))
+        heard = {process.stdout.readline().strip() for _ in range(5)}  # however long the disk takes
+        time.sleep(chance.uniform(0.0, 0.4))
         os.killpg(process.pid, signal.SIGKILL)
-        heard = {line.strip() for line in process.stdout}
+        heard |= {line.strip() for line in process.stdout}
         assert process.wait() == -signal.SIGKILL
         stored = {transfer.id for transfer in ledger.journal()} - known
         assert stored >= heard and len(stored - heard) <= 2

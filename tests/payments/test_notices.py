@@ -227,12 +227,14 @@ def test_a_server_that_refuses_or_hangs(
     refuse: dict[str, bytes | None],
     state: str,
 ) -> None:
-    monkeypatch.setattr(notices_module, "TIMEOUT_S", 0.5)
     notices.balance_is("user:a", 1)
     smtp.refuse = refuse
-    before = time.monotonic()
-    assert deliver(smtp, notices) == 0
-    assert time.monotonic() - before < 5
+    with monkeypatch.context() as patch:
+        if None in refuse.values():  # the others answer, however late
+            patch.setattr(notices_module, "TIMEOUT_S", 0.5)
+        before = time.monotonic()
+        assert deliver(smtp, notices) == 0
+        assert time.monotonic() - before < 40  # the server hangs for 60 s
     assert states(connection) == [state]
     assert ANN not in caplog.text
     smtp.refuse = {}
@@ -336,7 +338,7 @@ def test_a_call_never_fails_nor_waits_for_a_notice(
         before = time.monotonic()
         notices.deposited("user:a", 5)
         notices.balance_is("user:a", 5)
-        assert time.monotonic() - before < 2
+        assert time.monotonic() - before < 15  # not for twice the 10 s that others wait
     finally:
         other.execute("ROLLBACK")
         other.close()

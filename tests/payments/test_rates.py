@@ -197,7 +197,7 @@ def test_a_deposit_of_sol_is_rounded_down(rates: Rates) -> None:
 # What one trade can and cannot do.
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(spike=st.integers(1, RATE_MAX), position=st.integers(1, 359), seed=st.integers(0, 10**6))
 def test_B7_one_sample_moves_the_market_within_the_others_and_the_high_not_at_all(
     tmp_path_factory: pytest.TempPathFactory, spike: int, position: int, seed: int
@@ -638,10 +638,10 @@ def test_a_source_that_drips_is_given_up(api: Api, monkeypatch: pytest.MonkeyPat
 
     def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
-        handler.send_header("Content-Length", "1000")
+        handler.send_header("Content-Length", "200000")
         handler.end_headers()
         try:
-            for _ in range(100):
+            while True:
                 handler.wfile.write(b" ")
                 handler.wfile.flush()
                 time.sleep(0.05)
@@ -652,7 +652,7 @@ def test_a_source_that_drips_is_given_up(api: Api, monkeypatch: pytest.MonkeyPat
     before = time.monotonic()
     with pytest.raises(RateError, match=r"no answer within 0\.5 s"):
         read_jupiter(api)
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 60
 
 
 def test_a_source_that_cannot_be_reached_says_so_without_its_key(api: Api) -> None:
@@ -757,7 +757,7 @@ def test_two_processes_may_record_at_once(ledger_path: pathlib.Path, rates: Rate
     """Each thread has its own connection, as two processes have."""
 
     def record(start: int) -> None:
-        connection = open_database(ledger_path)
+        connection = open_database(ledger_path, busy_timeout_s=120.0)
         feed(Rates(connection, RULES, decimals=6), CENT, start, start + 1200, step=60)
         connection.close()
 

@@ -431,7 +431,7 @@ def test_run_goes_on_after_failures_and_stops_at_a_wrong_seed(world: World) -> N
         with pytest.raises(SeedError):
             await task
 
-    world.run(asyncio.wait_for(scenario(), 60))
+    world.run(asyncio.wait_for(scenario(), 300))
     assert world.alarms() == {"wrong seed"}
 
 

@@ -6,9 +6,11 @@ What the chain really did to our accounts is read from the cluster's own records
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pathlib
+import socket
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from solders.instruction import Instruction
@@ -32,6 +34,15 @@ from diffusionz.payments.watcher import HARMLESS_EXTENSIONS, Watcher
 T = TypeVar("T")
 SECRET = bytes(range(32))
 NETWORK = "localnet"
+
+
+@contextlib.contextmanager
+def port_of_ones_own() -> Iterator[int]:
+    """A port that refuses inside the `with` until the test listens on it: no other program is given it meanwhile."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a listener, who sets it too, may come
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 class World:

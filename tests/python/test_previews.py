@@ -68,6 +68,20 @@ def watch(model: ZImage, count: int, images: int = 1, **fields: Any) -> tuple[li
     return seen, pictures
 
 
+def every_preview(
+    model: ZImage, count: int, images: int = 1, **fields: Any
+) -> tuple[dict[tuple[int, int], Preview], list[bytes]]:
+    """({(image, preview): it} of each that is made, every picture). A poller that is kept waiting misses some; the same
+    call makes the same ones, so it is made until each was seen."""
+    found: dict[tuple[int, int], Preview] = {}
+    for _ in range(30):
+        seen, pictures = watch(model, count, images, **fields)
+        found |= {(preview.image, preview.preview): preview for preview in seen}
+        if len(found) == images * count:
+            return dict(sorted(found.items())), pictures
+    raise AssertionError(f"of {images} pictures with {count} previews each there were {sorted(found)}")
+
+
 # --- When, and of what ---
 
 
@@ -103,9 +117,9 @@ def test_image_to_image_counts_the_steps_that_run(engine: ZImage) -> None:
 
 
 def test_every_picture_of_a_batch_has_its_own(demo: ZImage) -> None:
-    seen, together = watch(demo, 2, images=3, num_steps=4, width=128, height=128)
-    assert {preview.image for preview in seen} == {0, 1, 2}
-    for preview in seen:
+    seen, together = every_preview(demo, 2, images=3, num_steps=4, width=128, height=128)
+    assert list(seen) == [(image, preview) for image in range(3) for preview in range(2)]
+    for preview in seen.values():
         assert preview.picture.seed == preview.image
         assert preview.step == due(4, 2)[preview.preview]
     alone = [watch(demo, 0, num_steps=4, width=128, height=128, seed=i) for i in range(3)]
@@ -134,9 +148,11 @@ def test_previews_come_ever_closer_to_the_picture(demo: ZImage) -> None:
     """Against the picture at their own size, after all seven of eight steps: a way that is followed backwards, or to
     another sigma, would show. Guidance may change the scene after the first steps."""
     for seed, guidance in ((0, 0.0), (1, 0.0), (2, 3.0)):
-        seen, (picture,) = watch(demo, 7, num_steps=8, width=256, height=256, seed=seed, guidance_scale=guidance)
+        seen, (picture,) = every_preview(
+            demo, 7, num_steps=8, width=256, height=256, seed=seed, guidance_scale=guidance
+        )
         whole = numpy.frombuffer(picture, numpy.uint8).reshape(128, 2, 128, 2, 3).mean((1, 3))
-        likeness = [psnr(preview.picture.pixels, whole) for preview in seen]
+        likeness = [psnr(preview.picture.pixels, whole) for preview in seen.values()]
         print([f"{value:.1f}" for value in likeness])
         assert likeness[-1] > likeness[0] + 3
         assert likeness[-1] > 20
@@ -205,8 +221,8 @@ def test_what_on_preview_raises_stops_the_call_and_is_raised(engine: ZImage) -> 
 
     start = time.monotonic()
     with pytest.raises(Cancelled):
-        engine.generate("x", width=128, height=128, steps=1000, previews=900, on_preview=stop, progress=False)
-    assert time.monotonic() - start < 10
+        engine.generate("x", width=512, height=512, steps=1000, previews=900, on_preview=stop, progress=False)
+    assert time.monotonic() - start < 30  # all of it takes a minute
 
 
 def test_a_cancelled_call_gives_none_any_more(engine: ZImage) -> None:
@@ -215,7 +231,7 @@ def test_a_cancelled_call_gives_none_any_more(engine: ZImage) -> None:
     prompt = ffi.new("char[]", b"x")
     request, result = ffi.new("DiffusionZRequest *"), ffi.new("DiffusionZResult *")
     lib.diffusionz_request_init(request)
-    request.prompt, request.width, request.height, request.num_steps = prompt, 128, 128, 1000
+    request.prompt, request.width, request.height, request.num_steps = prompt, 512, 512, 1000
     task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
     lib.diffusionz_task_keep_previews(task, 999)
     thread = threading.Thread(target=lambda: lib.diffusionz_generate_batch(engine._context, request, 1, task, result))
@@ -223,7 +239,7 @@ def test_a_cancelled_call_gives_none_any_more(engine: ZImage) -> None:
     while take_preview(task, 0) is None:
         time.sleep(0.001)
     lib.diffusionz_task_cancel(task)
-    thread.join(10)
+    thread.join()
     assert result.error_code == lib.DIFFUSIONZ_E_CANCELLED
     lib.diffusionz_free_result(result)
     done = read_progress(task).step
