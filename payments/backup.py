@@ -24,6 +24,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from diffusionz.payments.addresses import Addresses
@@ -255,7 +256,7 @@ def _replace(database: pathlib.Path, partial: pathlib.Path) -> str | None:
     _require_unused(database)
     kept = None
     if database.exists():
-        kept = database.with_name(time.strftime(f"{database.name}.replaced-%Y%m%dT%H%M%SZ", time.gmtime()))
+        kept = database.with_name(f"{database.name}.replaced-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
         os.link(database, kept)
         # Of a damaged database. Beside the restored one SQLite would take them for its own.
         for name, beside in list(zip(_files(database), _files(kept), strict=True))[1:]:
