@@ -73,7 +73,7 @@ def running(folder: pathlib.Path, *arguments: str, env: dict[str, str] | None = 
             time.sleep(0.02)
         while True:
             with contextlib.suppress(httpx2.HTTPError):
-                if httpx2.get(server.url + "/readyz").status_code == 200:
+                if httpx2.get(server.url + "/readyz", timeout=PATIENCE_S).status_code == 200:
                     break
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
