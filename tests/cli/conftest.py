@@ -9,9 +9,25 @@ import pty
 import struct
 import subprocess
 import termios
+import time
 from collections.abc import Callable, Mapping
 
 import pytest
+
+
+@pytest.fixture
+def until_at_work() -> Callable[[subprocess.Popen[str]], None]:
+    """until_at_work(process): returns when a command has begun with what it was asked for."""
+
+    def wait(process: subprocess.Popen[str]) -> None:
+        maps = pathlib.Path(f"/proc/{process.pid}/maps")
+        deadline = time.monotonic() + 60
+        while "libdiffusionz" not in maps.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)  # it reads the model, or draws: both can be interrupted
+
+    return wait
 
 
 @pytest.fixture

@@ -326,7 +326,9 @@ def test_help_teaches() -> None:
         assert len(line) <= 120
 
 
-def test_an_interrupt_stops_it_in_one_line(tiny_chronos: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_an_interrupt_stops_it_in_one_line(
+    tiny_chronos: pathlib.Path, tmp_path: pathlib.Path, until_at_work: Callable[[subprocess.Popen[str]], None]
+) -> None:
     pandas.DataFrame({"v": numpy.random.default_rng(0).normal(size=4000)}).to_csv(tmp_path / "v.csv", index=False)
     process = subprocess.Popen(
         [PROGRAM, "forecast", "v.csv", "-o", "out.csv", "--model", str(tiny_chronos), "--device", "cpu", "--quiet",
@@ -334,13 +336,13 @@ def test_an_interrupt_stops_it_in_one_line(tiny_chronos: pathlib.Path, tmp_path:
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        time.sleep(4)
+        until_at_work(process)
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 30
     assert (process.returncode, out, err) == (130, "", "diffusionz: stopped\n")
     assert os.listdir(tmp_path) == ["v.csv"]
 

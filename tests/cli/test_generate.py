@@ -195,20 +195,22 @@ def test_the_reader_may_leave(tiny_model: pathlib.Path) -> None:
     assert process.wait(60) == 1
 
 
-def test_an_interrupt_stops_it_in_one_line(tiny_model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_an_interrupt_stops_it_in_one_line(
+    tiny_model: pathlib.Path, tmp_path: pathlib.Path, until_at_work: Callable[[subprocess.Popen[str]], None]
+) -> None:
     process = subprocess.Popen(
         [PROGRAM, "generate", "x", "-o", "out.png", "--model", tiny_model, "--device", "cpu", "--steps", "1000",
          "--count", "500"],  # minutes of work, on any machine
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        time.sleep(3)
+        until_at_work(process)
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()  # quiet when it has ended; else it would draw on for minutes
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert (process.returncode, out, err) == (130, "", "diffusionz: stopped\n")
     assert os.listdir(tmp_path) == []
 

@@ -98,4 +98,4 @@ def make(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def client(make: Any, fake: Fake) -> Any:
-    return make(fake.url, timeout=5)
+    return make(fake.url, timeout=60)

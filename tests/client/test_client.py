@@ -229,9 +229,9 @@ def test_unknown_jobs(client: Any) -> None:
 def test_a_timeout_of_a_call_cancels_its_job(client: Any, fake: Fake) -> None:
     fake.hold.set()
     began = time.monotonic()
-    with pytest.raises(WaitTimeout, match=r"0\.4 seconds") as caught:
-        client.zimage("a cat", timeout=0.4)
-    assert 0.35 < time.monotonic() - began < 1.5
+    with pytest.raises(WaitTimeout, match=r"1\.5 seconds") as caught:
+        client.zimage("a cat", timeout=1.5)
+    assert 1.4 < time.monotonic() - began < 30  # the client's own is longer, and the job never ends
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.job_id == "job-1"
     assert fake.jobs["job-1"].status == "cancelled"
@@ -248,8 +248,9 @@ def test_a_timeout_of_a_wait_leaves_the_job(client: Any, fake: Fake) -> None:
 
 
 def test_what_a_callback_raises_cancels_the_job(client: Any, fake: Fake) -> None:
+    fake.steps = 10_000  # it does not end before it is cancelled
+
     def stop(progress: JobProgress) -> None:
-        fake.hold.set()
         raise Cancelled("that is enough")
 
     with pytest.raises(Cancelled, match="that is enough"):
@@ -359,7 +360,7 @@ def test_retry_after_is_waited_for(client: Any, fake: Fake) -> None:
     began = time.monotonic()
     fake.fail("POST /api/jobs", problem("queue-full", 429, headers={"retry-after": "1"}))
     client.zimage("a cat")
-    assert 1 <= time.monotonic() - began < 3
+    assert 1 <= time.monotonic() - began < 30
     fake.fail("POST /api/jobs", problem("draining", 503, headers={"retry-after": "3600"}))
     with pytest.raises(Unavailable, match="Ask again in 3600 seconds") as caught:
         client.zimage("a cat")
@@ -400,10 +401,10 @@ def test_nobody_is_there(make: Any) -> None:
 
 def test_a_silent_server(make: Any, fake: Fake) -> None:
     began = time.monotonic()
-    fake.fail("GET /api/balance", *[lambda handler: time.sleep(1)] * 2)
+    fake.fail("GET /api/balance", *[lambda handler: time.sleep(60)] * 2)
     with pytest.raises(ConnectionFailed, match="silent for too long"):
         make(fake.url, timeout=0.2, max_retries=1).balance()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 30
 
 
 def test_answers_that_are_none(client: Any, fake: Fake) -> None:
@@ -487,7 +488,7 @@ def test_streams_that_break_are_opened_anew_and_nothing_comes_twice(client: Any,
 @pytest.mark.parametrize("status", [404, 405, 429, 500, 501, 503])
 def test_without_a_stream_the_job_is_looked_at(client: Any, fake: Fake, status: int) -> None:
     fake.fail("GET /api/jobs/ID/events", answer(status if status != 404 else 406, {}))
-    fake.pace_s = 0.1
+    fake.pace_s, fake.steps = 0.1, 10
     progress: list[JobProgress] = []
     assert client.zimage("a cat", on_progress=progress.append).seed == 7
     assert len(fake.sent("GET /api/jobs/ID/events")) == 1
@@ -518,11 +519,11 @@ def test_streams_of_nonsense(client: Any, fake: Fake, fault: Any) -> None:
 def test_a_stream_that_is_held_back(client: Any, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a proxy that waits for its end."""
     monkeypatch.setattr(core, "SILENCE_S", 0.3)
-    fake.fail("GET /api/jobs/ID/events", lambda handler: time.sleep(2))
+    fake.fail("GET /api/jobs/ID/events", lambda handler: time.sleep(60))
     fake.pace_s = 0.2
     began = time.monotonic()
     assert client.zimage("a cat").seed == 7
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 30
 
 
 def test_a_server_that_goes_away_while_it_works(make: Any, quick: None) -> None:
@@ -639,7 +640,7 @@ def start(fake: Fake) -> subprocess.Popen[bytes]:
 def test_ctrl_c_cancels_the_job(fake: Fake, when: str) -> None:
     fake.hold.set()
     if when == "submitting":  # the job is there, and its id has not come
-        fake.fail("POST /api/jobs", slow(5))
+        fake.fail("POST /api/jobs", slow(120))
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, fake.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -651,9 +652,7 @@ def test_ctrl_c_cancels_the_job(fake: Fake, when: str) -> None:
         time.sleep(0.01)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    out, err = process.communicate(timeout=10)
-    assert time.monotonic() - began < 3
+    out, err = process.communicate(timeout=60)
     assert b"interrupted" in out
     assert b"KeyboardInterrupt" in err
     assert [job.status for job in fake.jobs.values()] == ["cancelled"]
@@ -661,14 +660,17 @@ def test_ctrl_c_cancels_the_job(fake: Fake, when: str) -> None:
 
 def test_ctrl_c_before_anything_arrived_asks_for_nothing(fake: Fake) -> None:
     fake.fail("POST /api/jobs", problem("queue-full", 429, headers={"retry-after": "30"}))
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, fake.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    code = (
+        "import time\nreally = time.sleep\n"
+        "def sleep(seconds): print('waits', flush=True); really(seconds)\ntime.sleep = sleep\n"
     )
-    while not fake.seen:
-        time.sleep(0.01)
-    time.sleep(0.2)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + INTERRUPTED, fake.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    assert [process.stdout.readline() for _ in range(2)] == [b"begun\n", b"waits\n"]
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert len(fake.seen) == 1
 
 
@@ -689,7 +691,7 @@ def test_a_cancelled_task_cancels_its_job(fake: Fake, when: str) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(client.zimage("another"), 0.3)
+                await asyncio.wait_for(client.zimage("another"), 2)
 
     asyncio.run(main())
     assert [job.status for job in fake.jobs.values()] == ["cancelled"] * 2

@@ -42,6 +42,7 @@ pytest.importorskip("uvloop", reason="needs the extra `server`")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SERIES = [112.0, 118, 132, 129, float("nan"), 135, 148, 148, 136, 119]
 LONG = {"steps": 50, "n": 4}  # a picture that is not done soon
+PATIENCE_S = 120.0
 
 
 class Server:
@@ -56,7 +57,7 @@ class Server:
         command = [sys.executable, "-m", "diffusionz", "serve", "--log", "text", "--port", str(port), *self.options]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stderr=log, stdout=log)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not (found := re.search(r"diffusionz at (http://127.0.0.1:(\d+))", self.log.read_text())):
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
@@ -68,7 +69,7 @@ class Server:
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         self.process.send_signal(how)
-        self.process.wait(60)
+        self.process.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +218,8 @@ def test_what_is_not_there_is_said(client: Any) -> None:
 # --- Stopping ---
 
 
-def until(condition: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -228,7 +229,7 @@ def test_a_job_is_cancelled_within_a_step(client: Any) -> None:
     job = client.submit("zimage", prompt="x", **LONG)
     until(lambda: job.refresh().status == "running")
     job.cancel()
-    until(lambda: job.refresh().done, 5)
+    until(lambda: job.refresh().done)
     assert job.status == "cancelled"
     with pytest.raises(Cancelled):
         job.result()
@@ -237,8 +238,8 @@ def test_a_job_is_cancelled_within_a_step(client: Any) -> None:
 
 def test_a_timeout_and_a_callback_cancel_it(client: Any) -> None:
     with pytest.raises(WaitTimeout) as caught:
-        client.zimage("x", timeout=1, **LONG)
-    until(lambda: client.job(caught.value.job_id).status == "cancelled", 5)
+        client.zimage("x", timeout=2, **LONG)
+    until(lambda: client.job(caught.value.job_id).status == "cancelled")
 
     def enough(moment: JobProgress) -> None:
         if moment.step >= 2:
@@ -246,7 +247,7 @@ def test_a_timeout_and_a_callback_cancel_it(client: Any) -> None:
 
     with pytest.raises(Cancelled, match="enough"):
         client.zimage("x", on_progress=enough, **LONG)
-    until(lambda: client.jobs()[0].status == "cancelled", 5)
+    until(lambda: client.jobs()[0].status == "cancelled")
 
 
 def test_ctrl_c_cancels_it(client: Any, server: Server) -> None:
@@ -261,16 +262,16 @@ def test_ctrl_c_cancels_it(client: Any, server: Server) -> None:
         if int(line) >= 1:
             break
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=PATIENCE_S)
     assert b"KeyboardInterrupt" in error
-    until(lambda: client.jobs()[0].status == "cancelled", 5)
+    until(lambda: client.jobs()[0].status == "cancelled")
 
 
 def test_a_cancelled_task_cancels_it(server: Server) -> None:
     async def main() -> None:
         async with AsyncClient(server.url) as client:
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(client.zimage("x", steps=50, n=4), 1.0)
+                await asyncio.wait_for(client.zimage("x", steps=50, n=4), 2.0)
             job = (await client.jobs())[0]
             async for event in job.events():
                 assert event.type != "job.completed"
@@ -344,7 +345,7 @@ def test_the_line_breaks(make: Any, server: Server) -> None:
 def test_a_server_that_is_killed_and_started_again(make: Any, tmp_path: pathlib.Path) -> None:
     server = Server("--free", log=tmp_path / "log")
     try:
-        client = make(server.url, max_retries=8)
+        client = make(server.url, max_retries=20)
         killed: list[bool] = []
 
         def kill(moment: JobProgress) -> None:
@@ -370,7 +371,7 @@ def test_a_server_that_stops_lets_the_call_end(make: Any, tmp_path: pathlib.Path
 
     assert make(server.url).zimage("x", steps=8, seed=3, on_progress=stop).seed == 3
     assert progress[-1].step == 8
-    server.process.wait(30)
+    server.process.wait(PATIENCE_S)
 
 
 # --- Credit ---
@@ -391,7 +392,7 @@ def sign_in(shop: Server) -> tuple[str, str]:
 
     pair = Keypair()
     address = str(pair.pubkey())
-    with httpx2.Client(base_url=shop.url) as http:
+    with httpx2.Client(base_url=shop.url, timeout=PATIENCE_S) as http:
         challenge = http.post("/api/sign-in/challenge", json={"address": address}).raise_for_status().json()
         signature = base64.b64encode(bytes(pair.sign_message(challenge["text"].encode()))).decode()
         about = {"address": address, "nonce": challenge["nonce"], "signature": signature}
@@ -402,8 +403,9 @@ def give(shop: Server, client: Any, tokens: int) -> None:
     import httpx2
 
     address = client.deposit()["address"]
-    httpx2.post(f"{shop.url}/api/dev/faucet", json={"address": address, "tokens": tokens}).raise_for_status()
-    until(lambda: client.balance()["available"] > 0, 30)
+    body = {"address": address, "tokens": tokens}
+    httpx2.post(f"{shop.url}/api/dev/faucet", json=body, timeout=PATIENCE_S).raise_for_status()
+    until(lambda: client.balance()["available"] > 0)
 
 
 def test_calls_are_paid_once(make: Any, shop: Server) -> None:
@@ -431,8 +433,8 @@ def test_calls_are_paid_once(make: Any, shop: Server) -> None:
     with pytest.raises(InvalidRequest):
         client.zimage("x", width=17)
     with pytest.raises(WaitTimeout):
-        client.zimage("x", timeout=0.7, **LONG)
-    until(lambda: client.jobs()[0].status == "cancelled", 5)
+        client.zimage("x", timeout=2, **LONG)
+    until(lambda: client.jobs()[0].status == "cancelled")
     assert client.balance()["available"] == before - paid
     lines = list(client.billing_history())
     assert lines
@@ -467,7 +469,7 @@ def test_another_program_is_told_apart(make: Any, tmp_path: pathlib.Path) -> Non
         [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)], cwd=tmp_path, stderr=subprocess.DEVNULL
     )
     try:
-        client = make(f"http://127.0.0.1:{port}")
+        client = make(f"http://127.0.0.1:{port}", max_retries=20)
         with pytest.raises((NotFound, UnexpectedAnswer), match="web page"):
             client.pricing()
         (tmp_path / "api").mkdir()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import http.client
 import json
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2
 import pytest
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0  # for what takes a moment: two cores that others use too may take many times as long
 
 
 @dataclasses.dataclass
@@ -29,8 +31,9 @@ class Running:
     log: pathlib.Path
 
     def lines(self) -> list[dict[str, Any]]:
-        """Its log so far."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        """Its log so far, but for a line that is half written."""
+        whole = self.log.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def stop(self, patience_s: float = PATIENCE_S) -> int:
         """Asks it to stop; returns its exit status."""
@@ -40,6 +43,17 @@ class Running:
 
     def client(self, **options: Any) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=PATIENCE_S, **options)
+
+    @contextlib.contextmanager
+    def left(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Iterator[None]:
+        """A client that asks, and is gone at the end of the block: without an answer, if there was none until then."""
+        address = urllib.parse.urlsplit(self.url)
+        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=PATIENCE_S)
+        try:
+            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"} | (headers or {}))
+            yield
+        finally:
+            connection.close()
 
 
 @contextlib.contextmanager
@@ -59,7 +73,7 @@ def running(folder: pathlib.Path, *arguments: str, env: dict[str, str] | None = 
             time.sleep(0.02)
         while True:
             with contextlib.suppress(httpx2.HTTPError):
-                if httpx2.get(server.url + "/readyz").status_code == 200:
+                if httpx2.get(server.url + "/readyz", timeout=PATIENCE_S).status_code == 200:
                     break
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)

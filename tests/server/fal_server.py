@@ -115,7 +115,7 @@ class FalServer:
             case "submit-hang":
                 await asyncio.sleep(30)
             case "submit-slow":
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(2)
                 await exchange.json(200, about)
             case "submit-500":
                 await exchange.json(500, {"detail": "Internal\r\n\x1b[31m Server Error"})

@@ -134,7 +134,7 @@ class Shop:
     def serving(self, start: Any, *arguments: str, **options: Any) -> Iterator[Running]:
         """A server that sells from it, once it says that it is ready."""
         with start("--payments", self.config, *arguments, **options) as server:
-            prices = httpx2.get(server.url + "/api/pricing").json()["services"]
+            prices = httpx2.get(server.url + "/api/pricing", timeout=PATIENCE_S).json()["services"]
             assert all(service["tokens"] for service in prices), server.log.read_text()
             yield server
 

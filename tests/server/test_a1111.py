@@ -17,7 +17,7 @@ import pytest
 
 from diffusionz import ZImage
 from diffusionz.server import a1111
-from tests.server.conftest import Customer, Running, Start
+from tests.server.conftest import PATIENCE_S, Customer, Running, Start
 
 RED = "a red circle on a blue background"
 SLOW = {"prompt": "a blue square", "steps": 50, "batch_size": 4}
@@ -45,7 +45,7 @@ GREY = PIL.Image.linear_gradient("L").convert("RGB")
 
 
 def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -224,7 +224,7 @@ def test_progress_and_interrupt(free: httpx2.Client) -> None:
         other = free.post("/internal/progress", json={"id_task": "another"}).json()
         assert not (other["active"] or other["queued"] or other["completed"])
         assert free.post("/sdapi/v1/interrupt").json() == {}
-        answer = drawing.result(30)
+        answer = drawing.result(PATIENCE_S)
     assert answer.status_code == 409 and answer.json()["type"] == "/problems/cancelled"
     assert free.get("/sdapi/v1/progress").json()["state"]["job_count"] == 0
     assert free.post("/internal/progress", json={"id_task": "task(mine)"}).json()["completed"]

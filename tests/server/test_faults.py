@@ -10,7 +10,6 @@ import pathlib
 import resource
 import shutil
 import signal
-import statistics
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ import httpx2
 import pytest
 
 from diffusionz.hub import locate
+from diffusionz.server.jobs import STOP_S
 from tests.server.conftest import Running, Start
 from tests.server.shops import CHRONOS2, PATIENCE_S, ZIMAGE, Shop, devnet, no_traceback
 
@@ -65,7 +65,7 @@ def ended(client: httpx2.Client, id: str) -> dict[str, Any]:
 def test_killed_under_load(shop: Shop, start: Start) -> None:
     """Clients that send again what was cut off pay for what they got, once."""
     buyer, count = shop.buyer(10_000 * CHRONOS2), 12
-    delivered: Counter[str] = Counter()
+    delivered: list[str] = []
     doubtful: list[tuple[str, dict[str, Any]]] = []
     cut = threading.Event()
 
@@ -77,7 +77,7 @@ def test_killed_under_load(shop: Shop, start: Start) -> None:
                 try:
                     answer = client.post("/api/service", json=body, headers={"idempotency-key": key})
                     assert answer.status_code == 200, answer.text
-                    delivered[body["service"]] += 1
+                    delivered.append(str(body["service"]))
                 except (httpx2.TransportError, ValueError):
                     doubtful.append((key, body))
                     return
@@ -86,7 +86,7 @@ def test_killed_under_load(shop: Shop, start: Start) -> None:
 
     with shop.serving(start) as server, concurrent.futures.ThreadPoolExecutor(count) as pool:
         tasks = [pool.submit(customer, server, number) for number in range(count)]
-        until(lambda: sum(delivered.values()) >= 30)
+        until(lambda: len(delivered) >= 30)
         server.process.kill()
         cut.set()
         for task in tasks:
@@ -99,21 +99,22 @@ def test_killed_under_load(shop: Shop, start: Start) -> None:
             answer = client.post("/api/service", json=body, headers={"idempotency-key": key})
             # Had it not come so far as to be held, it is a new one.
             if answer.status_code == 200:
-                delivered[body["service"]] += 1
+                delivered.append(str(body["service"]))
             else:
                 assert code(answer) == "conflict", answer.text
         no_traceback(server)
     lines = shop.lines(buyer)
-    assert lines["post"] - lines["refund"] == sum(delivered.values()), (lines, delivered)
-    spent = delivered["zimage"] * ZIMAGE + delivered["chronos2"] * CHRONOS2
+    assert lines["post"] - lines["refund"] == len(delivered), (lines, Counter(delivered))
+    spent = delivered.count("zimage") * ZIMAGE + delivered.count("chronos2") * CHRONOS2
     assert shop.balance(buyer)[0] == 10_000 * CHRONOS2 - spent
 
 
-@pytest.mark.parametrize("drain_s", [60.0, 0.5])
+@pytest.mark.parametrize("drain_s", [120.0, 5.0])
 def test_told_to_stop_under_load(shop: Shop, start: Start, drain_s: float) -> None:
     """With time, everybody is served; without, those who wait get their credit back, and are told."""
     buyer = shop.buyer(100 * ZIMAGE)
-    body = {"service": "zimage", "prompt": "a star", "steps": 10, "n": 2}
+    much = {"steps": 10} if drain_s > 60 else {"steps": 50, "width": 512, "height": 512}
+    body = {"service": "zimage", "prompt": "a star", "n": 2} | much
     told: list[str] = []
     with shop.serving(start, "--drain", str(drain_s)) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
 
@@ -124,8 +125,8 @@ def test_told_to_stop_under_load(shop: Shop, start: Start, drain_s: float) -> No
         with buyer.client(server) as client, buyer.client(server) as probe:
             waiting = [pool.submit(client.post, "/api/service", json=body) for _ in range(3)]
             watching = pool.submit(watch, client)
-            kept = client.post("/api/jobs", json=body).json()
-            until(lambda: [job["status"] for job in probe.get("/api/jobs").json()["jobs"]].count("queued") == 4)
+            kept = client.post("/api/jobs", json=SLOW | {"n": 2}).json()  # it lasts while the server is looked at
+            until(lambda: len(probe.get("/api/jobs").json()["jobs"]) == 5)
             server.process.send_signal(signal.SIGTERM)
             until(lambda: probe.get("/readyz").status_code == 503)
             assert probe.get("/readyz").json()["status"] == "draining" and probe.get("/healthz").status_code == 200
@@ -139,7 +140,7 @@ def test_told_to_stop_under_load(shop: Shop, start: Start, drain_s: float) -> No
         assert server.process.wait(PATIENCE_S) == 0
         no_traceback(server)
     lines = shop.lines(buyer)
-    if drain_s > 1:
+    if drain_s > 60:
         assert {answer.status_code for answer in answers} == {200} and told[-1] == "event: job.completed"
         assert lines == {"hold": 5, "post": 5}
     else:
@@ -162,12 +163,12 @@ def test_told_twice_it_stops_at_once(shop: Shop, start: Start) -> None:
                 held = pool.submit(client.post, "/api/jobs", json=SLOW)
                 with server.client() as probe:
                     until(lambda: probe.get("/readyz").json()["jobs"] == 2)
-                for _ in range(2):
                     server.process.send_signal(signal.SIGTERM)
-                    time.sleep(0.3)
-            began = time.monotonic()
-            assert server.process.wait(PATIENCE_S) == 0
-            assert time.monotonic() - began < 15
+                    until(lambda: probe.get("/readyz").status_code == 503)  # else both signals may be one
+                    server.process.send_signal(signal.SIGTERM)
+                    until(lambda: "told again to stop" in server.log.read_text())
+            # At once: it does not wait as long as for those who do not stop.
+            assert server.process.wait(STOP_S - 1) == 0
             with contextlib.suppress(httpx2.TransportError):
                 held.result()
         no_traceback(server)
@@ -268,11 +269,13 @@ def test_keep_alive(start: Start) -> None:
 
         assert client.post("/forecast", json={"values": [1, 2]}).status_code == 200
         assert loaded() == {"chronos2": None}
-        assert client.post("/forecast", json={"values": [1, 2], "keep_alive": "700ms"}).status_code == 200
-        assert 0 < loaded()["chronos2"] - time.time() < 0.8
-        until(lambda: loaded() == {}, 10)
-        assert client.post("/forecast", json={"values": [1, 2], "keep_alive": 0}).status_code == 200
-        until(lambda: loaded() == {}, 5)
+        assert client.post("/forecast", json={"values": [1, 2], "keep_alive": "30s"}).status_code == 200
+        assert 0 < loaded()["chronos2"] - time.time() <= 30
+        for keep_alive, seconds in (("700ms", 0.7), (0, 0)):
+            began = time.monotonic()
+            assert client.post("/forecast", json={"values": [1, 2], "keep_alive": keep_alive}).status_code == 200
+            until(lambda: loaded() == {})
+            assert time.monotonic() - began >= seconds
         assert client.post("/api/load", json={"model": "chronos2-demo", "keep_alive": "1h"}).status_code == 200
         assert 3500 < loaded()["chronos2"] - time.time() < 3601
         assert client.post("/api/unload", json={"model": "chronos2-demo"}).status_code == 200
@@ -307,16 +310,15 @@ def test_out_of_memory(shop: Shop, start: Start) -> None:
 
 @contextlib.contextmanager
 def alive(server: Running) -> Iterator[list[float]]:
-    """Asks for /healthz all the time; the seconds of each answer."""
+    """Asks for /healthz all the time; when each answer came."""
     times: list[float] = []
     stop = threading.Event()
 
     def ask() -> None:
         with server.client() as client:
             while not stop.wait(0.02):
-                began = time.perf_counter()
                 assert client.get("/healthz").status_code == 200
-                times.append(time.perf_counter() - began)
+                times.append(time.monotonic())
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asking = pool.submit(ask)
@@ -343,12 +345,13 @@ def test_a_ledger_that_somebody_else_has(shop: Shop, start: Start) -> None:
             # While a picture is drawn, and a while longer than a request waits: it is charged when the lock is gone.
             drawn = client.post("/api/jobs", json=PICTURE).json()["id"]
             with shop.locked():
-                began = time.monotonic()
+                began, before = time.monotonic(), len(times)
                 late = [pool.submit(client.post, "/api/service", json=FORECAST) for _ in range(4)]
                 for answer in (one.result() for one in late):
                     assert (answer.status_code, code(answer)) == (503, "ledger-unavailable"), answer.text
                     assert int(answer.headers["retry-after"]) >= 1
                 assert time.monotonic() - began < 8
+                assert len(times) - before > 10, "nobody else waits for the lock"
                 assert client.get("/api/pricing").status_code == 200
                 with fresh.client(server) as reader:  # a key that was never used; who only reads is served
                     assert reader.get("/api/balance").json()["posted"] == 7
@@ -360,7 +363,6 @@ def test_a_ledger_that_somebody_else_has(shop: Shop, start: Start) -> None:
         price += CHRONOS2
         no_traceback(server)
     assert shop.balance(buyer) == (100 * ZIMAGE - price, 0)
-    assert statistics.median(times) < 0.1 and sorted(times)[len(times) * 9 // 10] < 0.1, max(times)
 
 
 def test_a_ledger_that_does_not_come_back_in_time(shop: Shop, start: Start) -> None:
@@ -368,9 +370,9 @@ def test_a_ledger_that_does_not_come_back_in_time(shop: Shop, start: Start) -> N
     buyer = shop.buyer(10 * ZIMAGE)
     with shop.serving(start) as server, buyer.client(server) as client:
         assert client.post("/api/service", json=PICTURE).status_code == 200
-        id = client.post("/api/jobs", json=PICTURE | {"steps": 20}).json()["id"]
+        id = client.post("/api/jobs", json=PICTURE | {"steps": 50}).json()["id"]
         with shop.locked():
-            until(lambda: " ledger: database is locked" in server.log.read_text(), 30)
+            until(lambda: " ledger: database is locked" in server.log.read_text())
         # Asked after the lock has gone: with the lock, who asks would wait behind it.
         job = ended(client, id)
         assert (job["status"], job["cost"], job["result"]) == ("failed", None, None), job
@@ -390,8 +392,8 @@ def test_a_disk_that_is_full(shop: Shop, start: Start) -> None:
             assert client.post("/api/service", json=body).status_code == 200
         log = pathlib.Path(f"/proc/{server.process.pid}/fd/2")
         wal = pathlib.Path(f"{shop.database}-wal")
-        until(lambda: wal.stat().st_size > log.stat().st_size + 20_000 or not _spend(client), 30)
-        drawn = client.post("/api/jobs", json=PICTURE | {"steps": 20}).json()["id"]
+        until(lambda: wal.stat().st_size > log.stat().st_size + 20_000 or not _spend(client))
+        drawn = client.post("/api/jobs", json=PICTURE | {"steps": 50}).json()["id"]
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (wal.stat().st_size, resource.RLIM_INFINITY))
         calls = shop.calls()
         for _ in range(3):
@@ -399,6 +401,7 @@ def test_a_disk_that_is_full(shop: Shop, start: Start) -> None:
             assert (answer.status_code, code(answer)) == (503, "ledger-unavailable"), answer.text
             assert client.get("/healthz").status_code == 200
         assert shop.calls() == calls and client.get("/api/balance").json()["held"] == ZIMAGE
+        until(lambda: client.get(f"/api/jobs/{drawn}").json()["progress"]["stage"] == "encode")
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         # What was drawn meanwhile is charged now.
         assert ended(client, drawn)["cost"]["charged"]

@@ -25,7 +25,7 @@ from diffusionz.server.metrics import Metrics
 from diffusionz.server.models import Models, Spec
 from diffusionz.server.problems import Problem
 
-from .conftest import Running
+from .conftest import PATIENCE_S, Running
 
 SERIES = [112, 118, 132, 129, 121, 135, 148, 148, 136, 119, 104, 118]
 
@@ -53,7 +53,7 @@ class Desk:
 
         def forecast(model: Any, tasks: list[Task], on_progress: Any = None) -> list[bytes]:
             self.calls.append(tasks)
-            assert self.gate.wait(20)
+            assert self.gate.wait(PATIENCE_S)
             return real(model, tasks, on_progress)
 
         monkeypatch.setattr(module, "forecast", forecast)
@@ -85,7 +85,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         async def inside() -> None:
             desk = Desk(monkeypatch, limits)
             try:
-                await asyncio.wait_for(work(desk), 60)
+                await asyncio.wait_for(work(desk), PATIENCE_S)
             finally:
                 desk.gate.set()
                 await desk.models.close()
@@ -299,7 +299,8 @@ def test_concurrent_clients_share_calls(free_server: Running) -> None:
     with free_server.client() as client, ThreadPoolExecutor(24) as pool:
         client.post("/forecast", json={"values": SERIES}).raise_for_status()
         calls, series = figures(client)
-        body = {"values": [float(i % 7) for i in range(2000)], "prediction_length": 64}
+        # Short ones, of which also a busy machine forecasts several within the time that a call may take.
+        body = {"values": [float(i % 7) for i in range(60)], "prediction_length": 8}
 
         def ask(_: int) -> str:
             answer = client.post("/forecast", json=body).raise_for_status().json()
@@ -351,7 +352,7 @@ def test_a_model_that_is_being_loaded_holds_up_no_other(
     gate, real = threading.Event(), models_module._construct
 
     def construct(spec: Spec) -> Any:
-        assert spec.name != "gone" or gate.wait(20)
+        assert spec.name != "gone" or gate.wait(PATIENCE_S)
         return real(spec)
 
     monkeypatch.setattr(models_module, "_construct", construct)

@@ -18,10 +18,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from diffusionz.server.limits import Limits
 from tests.server.conftest import Running, Start
 from tests.server.shops import ZIMAGE, Buyer, Shop, devnet, no_traceback
 
-BODY_BYTES, BODY_S, HEAD_S = 2_000_000, 1.0, 2.0
+BODY_BYTES, BODY_S, HEAD_S = 2_000_000, 1.0, 4.0
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def sold(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     """A server that sells. Of all that is asked here nothing is held, and it is as large afterwards as before."""
     folder = tmp_path_factory.mktemp("malformed")
     config = folder / "server.toml"
-    config.write_text(f"[limits]\nbody_bytes = {BODY_BYTES}\nbody_s = {BODY_S}\nhead_s = {HEAD_S}\n")
+    config.write_text(f"[limits]\nbody_bytes = {BODY_BYTES}\n")
     with devnet(folder) as url:
         shop = Shop(folder / "shop", url)
         buyer = shop.buyer(1000 * ZIMAGE)
@@ -41,6 +42,17 @@ def sold(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
                 assert client.post("/forecast", json={"values": [1, 2, 3]}).status_code == 200
             assert shop.lines(buyer) == {"hold": 1, "post": 1}
         shop.audit("--offline")
+
+
+@pytest.fixture(scope="module")
+def hurried(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server that gives requests little time to arrive: on a busy machine, where those of other tests may be late,
+    too little for them."""
+    config = tmp_path_factory.mktemp("hurried") / "server.toml"
+    config.write_text(f"[limits]\nbody_s = {BODY_S}\nhead_s = {HEAD_S}\n")
+    with start("--free", "--config", str(config)) as server:
+        yield server
+        no_traceback(server)
 
 
 @pytest.fixture
@@ -211,18 +223,18 @@ def raw(server: Running, *parts: bytes, pause_s: float = 0.0, patience_s: float 
     return out
 
 
-def head(buyer: Buyer, *lines: str, path: str = "/api/service") -> bytes:
-    about = [f"POST {path} HTTP/1.1", "host: x", f"authorization: Bearer {buyer.key}", "content-type: application/json"]
+def head(key: str, *lines: str, path: str = "/api/service") -> bytes:
+    about = [f"POST {path} HTTP/1.1", "host: x", f"authorization: Bearer {key}", "content-type: application/json"]
     return "\r\n".join([*about, *lines, "", ""]).encode()
 
 
-def test_heads_that_do_not_end(sold: tuple[Running, Shop, Buyer]) -> None:
+def test_heads_that_do_not_end(hurried: Running) -> None:
     """Nothing at all, a byte now and then, or without end; as the first of a connection, and after a request on it."""
-    server, _, _ = sold
+    server = hurried
     whole = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
     began = time.monotonic()
     assert raw(server) == b""
-    assert HEAD_S <= time.monotonic() - began < HEAD_S + 2.5
+    assert HEAD_S <= time.monotonic() - began < Limits().head_s  # which holds where nothing is set
     line = b"GET /healthz HTTP/1.1\r\n"
     for before in ([], [whole]):
         began = time.monotonic()
@@ -233,7 +245,7 @@ def test_heads_that_do_not_end(sold: tuple[Running, Shop, Buyer]) -> None:
         answer = raw(server, *before, line, *[header] * 30, pause_s=0.02)
         assert answer.count(b"HTTP/1.1 400") == 1 or len(answer) < 300, answer
     # Slow, and in time.
-    answer = raw(server, line, b"host: x\r\n", b"\r\n", pause_s=HEAD_S / 4)
+    answer = raw(server, line, b"host: x\r\n", b"\r\n", pause_s=HEAD_S / 16)
     assert answer.startswith(b"HTTP/1.1 200"), answer
 
 
@@ -249,29 +261,29 @@ def test_bodies_that_are_too_large(sold: tuple[Running, Shop, Buyer]) -> None:
         json_type = {"content-type": "application/json"}
         for path in ("/api/service", "/forecast", "/api/jobs", "/api/sign-in", "/generate"):
             refused(client.post(path, content=b"x" * much, headers=json_type), 413)
-            with contextlib.suppress(httpx2.WriteError, httpx2.RemoteProtocolError):  # it may close while we write
+            # It may close while we write.
+            with contextlib.suppress(httpx2.WriteError, httpx2.ReadError, httpx2.RemoteProtocolError):
                 refused(client.post(path, content=chunks(), headers=json_type), 413)
     # Said, and never sent: it is not waited for.
     began = time.monotonic()
     for length in (much, 10**18):
-        assert b" 413 " in raw(server, head(buyer, f"content-length: {length}"))
+        assert b" 413 " in raw(server, head(buyer.key, f"content-length: {length}"))
     # Chunked, without end: cut off at the limit.
-    answer = raw(server, head(buyer, "transfer-encoding: chunked"), *[b"10000\r\n" + b"x" * 65536 + b"\r\n"] * 64)
+    answer = raw(server, head(buyer.key, "transfer-encoding: chunked"), *[b"10000\r\n" + b"x" * 65536 + b"\r\n"] * 64)
     assert answer == b"" or b" 413 " in answer
     assert time.monotonic() - began < 15
-    assert b"HTTP/1.1 400" in raw(server, head(buyer, "content-length: " + "9" * 5000))
+    assert b"HTTP/1.1 400" in raw(server, head(buyer.key, "content-length: " + "9" * 5000))
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_bodies_that_trickle(sold: tuple[Running, Shop, Buyer], chunked: bool) -> None:
-    server, _, buyer = sold
+def test_bodies_that_trickle(hurried: Running, chunked: bool) -> None:
     framing, piece = ("transfer-encoding: chunked", b"1\r\n{\r\n") if chunked else ("content-length: 1000", b"{")
     began = time.monotonic()
-    answer = raw(server, head(buyer, framing), *[piece] * 15, pause_s=0.2)
+    answer = raw(hurried, head("none", framing), *[piece] * 15, pause_s=0.2)
     assert b" 413 " in answer and b"did not arrive within" in answer
     assert b"connection: close" in answer.lower()
-    assert time.monotonic() - began < BODY_S + 10
-    assert b" 413 " in raw(server, head(buyer, framing))  # nothing comes at all
+    assert time.monotonic() - began < Limits().body_s  # which holds where nothing is set
+    assert b" 413 " in raw(hurried, head("none", framing))  # nothing comes at all
 
 
 def test_types_of_bodies(client: httpx2.Client) -> None:
@@ -460,7 +472,7 @@ def test_headers_with_tricks(sold: tuple[Running, Shop, Buyer], client: httpx2.C
         "x evil: 1",
         ": 1",
     ):
-        answer = raw(server, head(buyer, lines, "content-length: 2") + b"{}")
+        answer = raw(server, head(buyer.key, lines, "content-length: 2") + b"{}")
         assert b"HTTP/1.1 400" in answer and b"\nx-evil" not in answer.lower(), (lines, answer)
 
 
@@ -481,7 +493,7 @@ def test_requests_that_two_readers_take_for_different_ones(sold: tuple[Running, 
         (["transfer-encoding: chunked"], b"-1\r\n{}\r\n0\r\n\r\n"),
         (["transfer-encoding: chunked"], b"ffffffffffffffffff\r\n{}\r\n0\r\n\r\n"),
     ):
-        answer = raw(server, head(buyer, *lines) + body)
+        answer = raw(server, head(buyer.key, *lines) + body)
         assert b"HTTP/1.1 2" not in answer and answer.count(b"HTTP/1.1") <= 1, (lines, answer)
     for request in (
         b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01", b"GET\r\n\r\n",

@@ -22,7 +22,7 @@ from diffusionz.server.problems import Problem
 
 from .conftest import Start
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 
 
 class StandIn:
@@ -283,10 +283,11 @@ def test_an_idle_model_goes_after_its_time_and_not_before(make: Callable[..., Mo
             await until(lambda model=model: model.closed)  # type: ignore[misc]
             assert time.monotonic() - began >= {"a": 0.2, "b": 0.05, "c": 0}[name]
         await until(lambda: loaded(models) == ["d"])
-        assert count(models, "idle") == 3
+        await until(lambda: count(models, "idle") == 3)
         async with models.use("d"):  # its next use says anew how long it stays
             assert models.ps()[0]["expires_at"] is None
-        assert models.ps()[0]["expires_at"] == pytest.approx(time.time() + 0.2, abs=0.2)
+            began = time.time()
+        assert began + 0.19 < models.ps()[0]["expires_at"] < time.time() + 0.21
         await until(lambda: stand_in.made[-1].closed)
         await models.close()
 
@@ -389,9 +390,12 @@ def test_who_waits_for_room_gets_it_in_turn(make: Callable[..., Models], stand_i
         models = make("abcd", budget_bytes=100)
         ends = {name: asyncio.Event() for name in "abcd"}
         users = {}
+        for entry in models._entries.values():
+            entry.size = 100  # known: else a thread finds it out, and the fastest would be the first
         for name in "acbd":
             users[name] = asyncio.create_task(hold(models, name, ends[name]))
             await asyncio.sleep(0.03)
+        await until(lambda: loaded(models) == ["a"])
         users["b"].cancel()  # b is loaded in its turn all the same, and lets go at once
         for name, following in (("a", "c"), ("c", "d")):
             assert loaded(models) == [name] and models.held_bytes == 100
@@ -520,7 +524,7 @@ def test_the_demo_models(monkeypatch: pytest.MonkeyPatch) -> None:
             Spec("forecast", "chronos2", "demo", {"device": "cpu", "precision": "float32"}),
             Spec("nowhere", "zimage", "/nowhere"),
         ]
-        models = Models(specs, Metrics())
+        models, began = Models(specs, Metrics()), time.time()
         assert specs[0].side_pixels == 256 and specs[2].side_pixels == 1024
         assert models.ps() == []
         async with models.use("forecast") as model:
@@ -536,9 +540,9 @@ def test_the_demo_models(monkeypatch: pytest.MonkeyPatch) -> None:
             "name": "forecast", "family": "chronos2", "size": 0, "size_vram": 0, "device": "cpu",
             "precision": "float32", "running": 0, "expires_at": 0, "loaded_at": 0,
         }  # fmt: skip
-        assert about["picture"]["expires_at"] == pytest.approx(before + 3600, abs=10)
-        assert about["forecast"]["expires_at"] == pytest.approx(before + 240, abs=10)
-        assert before - 10 < about["forecast"]["loaded_at"] <= about["picture"]["loaded_at"] <= time.time()
+        assert before + 3599 < about["picture"]["expires_at"] < time.time() + 3601
+        assert began + 239 < about["forecast"]["expires_at"] < before + 241
+        assert began - 1 < about["forecast"]["loaded_at"] <= about["picture"]["loaded_at"] < time.time() + 1
         assert models.held_bytes == sum(row["size"] for row in about.values()) > 1_000_000
         with pytest.raises(Problem, match="nowhere cannot be loaded"):
             await models.load("nowhere")

@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 from diffusionz import ZImage
-from tests.server.conftest import Customer, Running, Start
+from tests.server.conftest import PATIENCE_S, Customer, Running, Start
 
 RED = "a red circle on a blue background"
 
@@ -68,7 +68,7 @@ def test_several_as_webp_by_absolute_urls(client: openai.OpenAI, free_server: Ru
     assert made.data and len(made.data) == 2
     for image in made.data:
         assert image.b64_json is None and image.url is not None and image.url.startswith(free_server.url + "/")
-        file = httpx2.get(image.url)
+        file = httpx2.get(image.url, timeout=PATIENCE_S)
         assert file.headers["content-type"] == "image/webp"
         assert PIL.Image.open(io.BytesIO(file.content)).size == (128, 192)
 
@@ -79,7 +79,7 @@ def test_urls_of_a_server_behind_a_proxy(start: Start) -> None:
             body = {"num_inference_steps": 1}
             made = client.images.generate(prompt=RED, size="64x64", response_format="url", extra_body=body)
         assert made.data and (made.data[0].url or "").startswith("https://pictures.example/api/jobs/")
-        assert "https://pictures.example/generate" in httpx2.get(server.url + "/llms.txt").text
+        assert "https://pictures.example/generate" in httpx2.get(server.url + "/llms.txt", timeout=PATIENCE_S).text
 
 
 def test_what_openai_has_and_a_picture_here_has_not_does_no_harm(client: openai.OpenAI) -> None:
@@ -95,7 +95,9 @@ def test_what_openai_has_and_a_picture_here_has_not_does_no_harm(client: openai.
 def test_a_stream_has_the_clients_events(client: openai.OpenAI) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # pydantic warns of what is not as its types say
-        events = list(client.images.generate(prompt=RED, stream=True, partial_images=2, extra_body={"seed": 3}))
+        # So many steps that none of the previews is there before the one before it was taken, which then is not shown.
+        body = {"seed": 3, "num_inference_steps": 40}
+        events = list(client.images.generate(prompt=RED, stream=True, partial_images=2, extra_body=body))
         told = [event.model_dump() for event in events]
     assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     for i, event in enumerate(events[:2]):
@@ -106,7 +108,7 @@ def test_a_stream_has_the_clients_events(client: openai.OpenAI) -> None:
     last = events[-1]
     assert last.type == "image_generation.completed" and last.usage.total_tokens == 0 and last.size == "256x256"
     assert all(isinstance(one["created_at"], int) and one["background"] == "opaque" for one in told)
-    alone = client.images.generate(prompt=RED, extra_body={"seed": 3})
+    alone = client.images.generate(prompt=RED, extra_body=body)
     assert alone.data and alone.data[0].b64_json == last.b64_json
 
 
@@ -281,16 +283,22 @@ def test_a_stream_that_fails_says_so(client: openai.OpenAI, free: httpx2.Client)
 
 
 def test_a_client_that_leaves_cancels_its_call(free_server: Running, free: httpx2.Client) -> None:
+    before = {job["id"] for job in free.get("/api/jobs").json()["jobs"]}
+    left = threading.Event()
+
     def leave() -> None:
-        impatient = openai.OpenAI(base_url=f"{free_server.url}/v1", api_key="none", max_retries=0, timeout=0.5)
+        impatient = openai.OpenAI(base_url=f"{free_server.url}/v1", api_key="none", max_retries=0, timeout=2)
+        # A picture of minutes, so that it is not the server that ends it.
         with pytest.raises(openai.APITimeoutError):
-            impatient.images.generate(prompt="left behind", n=4, extra_body={"num_inference_steps": 50})
+            impatient.images.generate(prompt="left behind", n=4, size="512x512", extra_body={"num_inference_steps": 50})
+        left.set()
 
     thread = threading.Thread(target=leave)
     thread.start()
     thread.join()
-    deadline = time.monotonic() + 30
-    while (job := free.get("/api/jobs").json()["jobs"][0])["status"] not in ("cancelled", "failed", "completed"):
+    assert left.is_set()
+    deadline = time.monotonic() + PATIENCE_S
+    while (job := free.get("/api/jobs").json()["jobs"][0])["id"] in before or job["status"] in ("queued", "running"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert job["status"] == "cancelled"

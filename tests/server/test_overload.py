@@ -67,10 +67,11 @@ def test_ten_times_what_can_be_done(start: Start, tmp_path: pathlib.Path) -> Non
             assert body["error"]["code"] == "queue-full" and body["queue_depth"] == QUEUE
             assert 1 <= int(answer.headers["retry-after"]) <= 120
         # The machine has others' work to do, and forty clients: it serves a share of what it does alone, and no chaos.
-        assert len(times) > len(normal) / 2, (len(times), len(normal))
+        assert len(times) > len(normal) / 4, (len(times), len(normal))
         ratio = percentile(times, 0.5) / percentile(normal, 0.5)
         print(f"{ratio:.2f} times a full queue's time; {len(normal)} and {len(times)} served, {len(refused)} refused")
-        assert ratio <= 2, (times, normal)
+        # Were all of them let in, each would wait ten times as long.
+        assert ratio <= 5, (times, normal)
         assert resident_mib(server) - before < 40
         with server.client() as client:
             assert client.post("/generate", json=PICTURE).status_code == 200, "it is over when it is over"
@@ -98,6 +99,16 @@ def job(client: httpx2.Client, **more: Any) -> httpx2.Response:
     return client.post("/api/jobs", json={"service": "zimage", **PICTURE, **more})
 
 
+def occupied(client: httpx2.Client) -> str:
+    """Has the device draw for long, so that whatever comes next waits; the job's path, to end it."""
+    url: str = job(client, steps=50, n=4, width=256, height=256).json()["urls"]["self"]
+    deadline = time.monotonic() + PATIENCE_S
+    while client.get(url).json()["status"] != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return url
+
+
 def cancelled(client: httpx2.Client) -> None:
     for one in client.get("/api/jobs").json()["jobs"]:
         client.delete(one["urls"]["self"])
@@ -111,21 +122,28 @@ def test_who_sends_forty_waits_behind_them_himself(sold: tuple[Running, Shop]) -
     server, shop = sold
     flood, other = shop.buyer(100 * ZIMAGE), shop.buyer(10 * ZIMAGE)
     with flood.client(server) as many, other.client(server) as one:
-        assert [job(many, steps=30).status_code for _ in range(40)] == [202] * 40
+        running = occupied(many)
+        assert [job(many, steps=30).status_code for _ in range(39)] == [202] * 39
         told = job(many)
         assert told.status_code == 429 and told.json()["queue_depth"] == 40 and "of yours" in told.json()["detail"]
         # The other is next, after the one that runs.
         own = job(one).json()
-        assert own["queue_position"] <= 1
-        done_before = ended(many)
+        assert one.get(own["urls"]["self"]).json()["queue_position"] == 1
+        many.delete(running)
         answer = one.get(own["urls"]["events"])  # until its end
         assert "event: job.completed" in answer.text
-        assert ended(many) - done_before <= 2, "at most what ran, and what began before it was there"
-        assert many.get("/api/jobs").json()["jobs"][0]["status"] == "queued"
+        done = end_of(one.get(own["urls"]["self"]).json())
         cancelled(many)
+        others = [each for each in many.get("/api/jobs").json()["jobs"] if each["status"] == "completed"]
+        assert sum(end_of(each) < done for each in others) <= 1, "at most what began as the other came"
     assert shop.lines(other) == {"hold": 1, "post": 1}
     lines = shop.lines(flood)
     assert lines["hold"] == 40 == lines["post"] + lines["void"]
+
+
+def end_of(job: dict[str, Any]) -> float:
+    """When it ended, by the server's clock."""
+    return float(job["created_at"] + job["timings_ms"]["total"] / 1e3)
 
 
 def ended(client: httpx2.Client) -> int:
@@ -154,8 +172,9 @@ def test_the_whole_queue_is_bounded_too(sold: tuple[Running, Shop]) -> None:
     buyers = [shop.buyer(100 * ZIMAGE) for _ in range(2)]
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(buyer.client(server)) for buyer in buyers]
-        statuses = [[job(client, steps=50).status_code for _ in range(45)] for client in clients]
-        assert Counter(statuses[0]) == {202: 40, 429: 5} and set(statuses[1]) == {202, 429}
+        occupied(clients[0])
+        statuses = [[job(client).status_code for _ in range(45)] for client in clients]
+        assert Counter(statuses[0]) == {202: 39, 429: 6} and Counter(statuses[1]) == {202: 20, 429: 25}
         last = job(clients[1])
         assert last.status_code == 429 and "in all" in last.json()["detail"]
         # Forecasts have no place either, and what needs no place is answered as ever.
@@ -163,7 +182,7 @@ def test_the_whole_queue_is_bounded_too(sold: tuple[Running, Shop]) -> None:
         for path in ("/healthz", "/api/balance", "/api/pricing", "/api/jobs"):
             assert clients[1].get(path).status_code == 200
         holds = sum(shop.lines(buyer)["hold"] for buyer in buyers)
-        assert holds == sum(status == 202 for row in statuses for status in row), "what is refused is not held"
+        assert holds == 1 + sum(status == 202 for row in statuses for status in row), "what is refused is not held"
         for client in clients:
             cancelled(client)
 
@@ -205,7 +224,7 @@ def test_event_streams_are_bounded(sold: tuple[Running, Shop]) -> None:
 def most_streams(server: Running, buyer: Buyer, path: str, count: int) -> int:
     """How many of so many are open at the same time."""
     opened: list[int] = []
-    ready = threading.Barrier(count)
+    ready = threading.Barrier(count, timeout=PATIENCE_S)
 
     def watch() -> None:
         with buyer.client(server) as client:

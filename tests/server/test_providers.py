@@ -25,10 +25,11 @@ from diffusionz.server.providers.breaker import Breaker
 from diffusionz.server.providers.fal import Fal, FalSettings
 from diffusionz.server.providers.web import Hosts, Unanswered, Web
 from diffusionz.server.settings import Settings
-from tests.server.conftest import Customer, Running, Start
+from tests.server.conftest import PATIENCE_S, Customer, Running, Start
 from tests.server.fal_server import JPEG, KEY, MP4, PNG, FalServer, fal_server
 
-TOTAL_S = 6.0
+TOTAL_S = 60.0
+HASTE = {"request_s": 2.0, "download_s": 3.5, "total_s": 6.0}  # of the server that is asked for what does not come
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def serve(start: Start, fal: FalServer, tmp_path_factory: pytest.TempPathFactory
     @contextlib.contextmanager
     def serving(*arguments: str, **settings: Any) -> Iterator[Running]:
         settings = {
-            "base_url": fal.url, "concurrency": 40, "request_s": 2.0, "download_s": 3.5, "total_s": TOTAL_S,
+            "base_url": fal.url, "concurrency": 40, "request_s": 30.0, "download_s": 30.0, "total_s": TOTAL_S,
             "poll_s": 0.2, "image_bytes": 100_000, "failures": 1000,
         } | settings  # fmt: skip
         config = tmp_path_factory.mktemp("settings") / "server.toml"
@@ -74,7 +75,7 @@ def client(server: Running) -> Iterator[httpx2.Client]:
 
 
 def ended(client: httpx2.Client, id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while (job := client.get(f"/api/jobs/{id}").json())["status"] in ("queued", "running"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -82,7 +83,7 @@ def ended(client: httpx2.Client, id: str) -> dict[str, Any]:
 
 
 def soon(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -113,7 +114,7 @@ def test_a_picture(client: httpx2.Client, fal: FalServer) -> None:
         "prompt": "a fairy", "image_size": {"width": 1024, "height": 1024}, "num_images": 1, "num_inference_steps": 4,
         "output_format": "jpeg", "enable_safety_checker": True, "seed": 5,
     }  # fmt: skip
-    assert asked.headers["x-fal-request-timeout"] == "6"
+    assert asked.headers["x-fal-request-timeout"] == "60"
     assert fal.keys_at_media == []
     assert asked.id not in fal.cancelled
 
@@ -285,13 +286,23 @@ FAULTS: dict[str, tuple[int, str, bool]] = {
 }
 
 
+LATE = {fault for fault, (status, *_) in FAULTS.items() if status == 504} - {"result-timeout"}
+
+
 @pytest.fixture(scope="module")
-def outcomes(server: Running, fal: FalServer) -> dict[str, httpx2.Response]:
-    """The answers to all faults, which are asked for at once: most take their time."""
-    with server.client() as client, ThreadPoolExecutor(len(FAULTS)) as pool:
+def outcomes(serve: Start, server: Running, fal: FalServer) -> dict[str, httpx2.Response]:
+    """The answers to all faults, which are asked for at once: most take their time. What never comes is asked of a
+    server that soon gives up; on a busy machine it might give up the others, too."""
+    with (
+        serve("--free", **HASTE) as hasty,
+        hasty.client() as impatient,
+        server.client() as client,
+        ThreadPoolExecutor(len(FAULTS)) as pool,
+    ):
 
         def ask(fault: str) -> httpx2.Response:
-            return client.post("/api/service", json={"service": "flux_image", "prompt": f"fault {fault}"})
+            asked = impatient if fault in LATE else client
+            return asked.post("/api/service", json={"service": "flux_image", "prompt": f"fault {fault}"})
 
         return dict(zip(FAULTS, pool.map(ask, FAULTS), strict=True))
 
@@ -301,7 +312,8 @@ def test_a_fault(outcomes: dict[str, httpx2.Response], fal: FalServer, fault: st
     status, word, dropped = FAULTS[fault]
     answer = outcomes[fault]
     assert answer.status_code == status, answer.text
-    asked = [one for one in fal.of(f"fault {fault}") if one.headers["x-fal-request-timeout"] == "6"]
+    timeout = "6" if fault in LATE else "60"
+    asked = [one for one in fal.of(f"fault {fault}") if one.headers["x-fal-request-timeout"] == timeout]
     assert len(asked) >= 1 if fault == "never" else len(asked) == 1  # whatever happens: never asked for twice
     assert (asked[-1].id in fal.cancelled) == dropped
     assert fal.touched == [] and fal.keys_at_media == []
@@ -343,9 +355,9 @@ def test_a_cancel_reaches_them(client: httpx2.Client, fal: FalServer, stage: str
 
 def test_a_client_that_leaves_cancels_there(server: Running, fal: FalServer) -> None:
     before = len(fal.of("fault never"))
-    with contextlib.suppress(httpx2.TimeoutException):
-        httpx2.post(server.url + "/api/service", json={"service": "flux_image", "prompt": "fault never"}, timeout=0.7)
-    soon(lambda: len(fal.of("fault never")) > before and fal.of("fault never")[-1].id in fal.cancelled)
+    with server.left("/api/service", {"service": "flux_image", "prompt": "fault never"}):
+        soon(lambda: len(fal.of("fault never")) > before and fal.of("fault never")[-1].looks)
+    soon(lambda: fal.of("fault never")[-1].id in fal.cancelled)
 
 
 def test_a_server_that_stops_leaves_nothing_running_there(serve: Start, fal: FalServer) -> None:
@@ -402,7 +414,7 @@ def test_a_breaker() -> None:
 
 def test_the_circuit_opens_and_closes(serve: Start, fal: FalServer) -> None:
     body = {"service": "flux_image", "prompt": "circuit"}
-    with serve("--free", failures=2, pause_s=1.5) as server, server.client() as client:
+    with serve("--free", failures=2, pause_s=5) as server, server.client() as client:
         fal.down = True
         try:
             assert [client.post("/api/service", json=body).status_code for _ in range(2)] == [502, 502]
@@ -410,11 +422,11 @@ def test_the_circuit_opens_and_closes(serve: Start, fal: FalServer) -> None:
             fal.down = False
         opened = time.monotonic()
         refused = client.post("/api/service", json=body)
-        assert refused.status_code == 502 and refused.headers["retry-after"] in ("1", "2")
+        assert refused.status_code == 502 and 1 <= int(refused.headers["retry-after"]) <= 5
         assert "left alone" in refused.json()["detail"] and not fal.of("circuit")
         # The other model is not to blame.
         assert client.post("/api/service", json={"service": "ltx_video", "prompt": "meanwhile"}).status_code == 200
-        time.sleep(max(0.0, opened + 1.6 - time.monotonic()))
+        time.sleep(max(0.0, opened + 5.1 - time.monotonic()))
         assert client.post("/api/service", json=body).status_code == 200
         assert client.post("/api/service", json=body).status_code == 200
 
@@ -595,7 +607,8 @@ def test_the_key_is_in_no_log_line(fal: FalServer, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.DEBUG)
 
     async def go() -> None:
-        provider = Fal(FalSettings(base_url=fal.url, request_s=1.0), KEY, loopback=True)
+        provider = Fal(FalSettings(base_url=fal.url), KEY, loopback=True)
+        hasty = Fal(FalSettings(base_url=fal.url, request_s=1.0), KEY, loopback=True)
         try:
             arguments = {"num_images": 1, "output_format": "jpeg", "image_size": "square"}
             ticket = await provider.submit("fal-ai/flux/schnell", {"prompt": "logged"} | arguments)
@@ -604,12 +617,14 @@ def test_the_key_is_in_no_log_line(fal: FalServer, caplog: pytest.LogCaptureFixt
             output = await provider.result(ticket)
             await provider.file(output["images"][0]["url"], ("image/jpeg",), 10**6)
             for fault in ("submit-401", "submit-drop", "submit-hang"):
+                asked = hasty if fault == "submit-hang" else provider
                 with pytest.raises(Problem) as raised:
-                    await provider.submit("fal-ai/flux/schnell", {"prompt": f"fault {fault}"} | arguments)
+                    await asked.submit("fal-ai/flux/schnell", {"prompt": f"fault {fault}"} | arguments)
                 assert KEY not in str(raised.value) + repr(raised.value) + repr(raised.value.__cause__)
             assert KEY not in repr(provider)
         finally:
             await provider.close()
+            await hasty.close()
 
     asyncio.run(go())
     assert caplog.records

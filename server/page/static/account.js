@@ -17,7 +17,7 @@ import {
 } from "./base.js";
 import { signIn, watchWallets } from "./wallet.js";
 
-const POLL_MS = 2500;
+const POLL_MS = page.dev ? 500 : 2500; // on a dev chain what arrives is final after two seconds
 const PAGE = 50; // lines of history at once
 
 let before = null; // the oldest line that is shown

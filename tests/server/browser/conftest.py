@@ -27,7 +27,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
 
-WAIT_S = 30  # for what takes a moment: two busy cores draw slowly
+WAIT_S = 90  # for what takes a moment: two busy cores draw slowly
 SCRIPTS = pathlib.Path(__file__).parent / "scripts"
 DESKTOP = (1280, 860)
 PHONE = (390, 844)
@@ -48,7 +48,7 @@ def serve(*options: str, log: pathlib.Path) -> tuple[subprocess.Popen[bytes], st
     end = time.monotonic() + 2 * WAIT_S
     while time.monotonic() < end and process.poll() is None:
         for line in log.read_text().splitlines():
-            if '"listening"' in line:
+            if '"listening"' in line and line.endswith("}"):  # all of it
                 return process, json.loads(line)["url"]
         time.sleep(0.05)
     process.kill()

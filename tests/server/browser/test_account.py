@@ -72,7 +72,7 @@ def history(browser: Browser) -> list[tuple[str, str]]:
 def rich(chromium: Browser, dev: str) -> dict[str, str]:
     """A visitor with 1000 tokens: what the browser remembers of him, and his first key.
 
-    Made once, as a deposit takes the 13 seconds that the chain takes to be final; this is the test of all of it.
+    Made once, as a deposit takes the seconds that the chain takes to be final; this is the test of all of it.
     """
     chromium.reset()
     forget_everything(chromium, dev)
