@@ -222,21 +222,14 @@ class Keys:
                 (key.id, call_id, day, tokens),
             )
 
-    def settle(self, key: Key, call_id: str, tokens: int) -> None:
-        """What the call cost in the end, 0 when it was voided; never more than was counted before."""
+    def settle(self, account: str, call_id: str, tokens: int) -> None:
+        """What the call cost in the end, 0 when it was voided, whichever of the account's keys it was made with; never
+        more than was counted before."""
         with immediate(self._connection):
             self._connection.execute(
-                "UPDATE key_spending SET tokens = min(tokens, ?) WHERE key = ? AND call_id = ?",
-                (tokens, key.id, call_id),
-            )
-
-    def forget(self, account: str, call_id: str) -> None:
-        """The call cost nothing, whichever of the account's keys it was made with."""
-        with immediate(self._connection):
-            self._connection.execute(
-                "UPDATE key_spending SET tokens = 0 WHERE call_id = ?"
+                "UPDATE key_spending SET tokens = min(tokens, ?) WHERE call_id = ?"
                 " AND key IN (SELECT id FROM api_keys WHERE account = ?)",
-                (call_id, account),
+                (tokens, call_id, account),
             )
 
     def spent(self, id: str, day: int) -> int:

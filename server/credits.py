@@ -4,7 +4,7 @@
         key = await credits.authenticate(secret)
         hold = await credits.hold(key, key.account, "zimage", 1, call_id, request_hash, ttl_s=120)
         ...                                             # the work
-        await credits.post(key, hold.call_id)           # or credits.void(key, hold.call_id, "engine_error")
+        await credits.post(hold.call_id)                # or credits.void(hold.call_id, "engine_error")
 
 A commit waits for the disk, and a locked ledger until its lock is free, so the database has one thread of its own with
 one connection. What is asked is done there in turn; holds and posts that wait in line share a transaction, and are
@@ -116,27 +116,27 @@ class Credits:
         except asyncio.CancelledError:
             # Nobody will ever know of this hold; after it in the queue, so that it is there if it is to be.
             with contextlib.suppress(StorageError):  # it is closed: the hold expires
-                self._thread.send(_Request(lambda: self._void(key, call_id, "the client left") if made else None))
+                self._thread.send(_Request(lambda: self._void(call_id, "the client left") if made else None))
             raise
 
-    async def post(self, key: Key | None, call_id: str, units: int | None = None) -> Hold:
+    async def post(self, call_id: str, units: int | None = None) -> Hold:
         """Charges what was delivered (charges.post). A ledger that cannot be written is tried for RESOLVE_S.
 
         Raises what charges.post raises, and StorageError: then nothing is charged.
         """
-        return await self._persistently(lambda: self._post(key, call_id, units))
+        return await self._persistently(lambda: self._post(call_id, units))
 
-    async def void(self, key: Key | None, call_id: str, reason: str = "") -> Hold:
+    async def void(self, call_id: str, reason: str = "") -> Hold:
         """Gives back all that is held (charges.void), tried as long as `post`. Raises what charges.void raises, and
         StorageError: then the hold stays until it expires."""
-        return await self._persistently(lambda: self._void(key, call_id, reason))
+        return await self._persistently(lambda: self._void(call_id, reason))
 
-    async def refund(self, call_id: str, failure: Failure, key: Key | None = None) -> Hold:
+    async def refund(self, call_id: str, failure: Failure) -> Hold:
         """Gives back what was charged (charges.refund), to the key's limit too, tried as long as `post`."""
 
         def work() -> Hold:
             with immediate(self._connection):
-                return self._settled(key, self._charges.refund(call_id, failure))
+                return self._settled(self._charges.refund(call_id, failure))
 
         return await self._persistently(work)
 
@@ -346,8 +346,7 @@ class Credits:
             return  # mostly, and then a locked ledger can be opened all the same
         with immediate(self._connection):
             for hold in abandoned:
-                self._charges.void(hold.call_id, "the server ended before it was done")
-                self._keys.forget(hold.account, hold.call_id)
+                self._void(hold.call_id, "the server ended before it was done")
         logger.warning("%d calls had been cut off: what was held for them is given back", len(abandoned))
 
     def _identity(self) -> Identity:
@@ -355,21 +354,20 @@ class Credits:
         assert self._signing is not None
         return self._signing
 
-    def _post(self, key: Key | None, call_id: str, units: int | None) -> Hold:
+    def _post(self, call_id: str, units: int | None) -> Hold:
         with immediate(self._connection):
-            hold = self._settled(key, self._charges.post(call_id, units))
+            hold = self._settled(self._charges.post(call_id, units))
         if self.settings.smtp_host is not None:
             self._notices.balance_is(hold.account, self._shop.ledger.balance(hold.account).available)
         return hold
 
-    def _void(self, key: Key | None, call_id: str, reason: str) -> Hold:
+    def _void(self, call_id: str, reason: str) -> Hold:
         with immediate(self._connection):
-            return self._settled(key, self._charges.void(call_id, reason))
+            return self._settled(self._charges.void(call_id, reason))
 
-    def _settled(self, key: Key | None, hold: Hold) -> Hold:
-        """Counts against the key's limit what the call has cost in the end."""
-        if key is not None:
-            self._keys.settle(key, hold.call_id, hold.charged if hold.state == "posted" else 0)
+    def _settled(self, hold: Hold) -> Hold:
+        """Counts against the limit of the key that the call was made with, if it was, what it has cost in the end."""
+        self._keys.settle(hold.account, hold.call_id, hold.charged if hold.state == "posted" else 0)
         return hold
 
     def _price_list(self) -> dict[str, Any]:

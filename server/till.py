@@ -15,7 +15,6 @@ from diffusionz.payments.prices import format_usd
 from diffusionz.server.problems import Problem
 
 if TYPE_CHECKING:
-    from diffusionz.payments.keys import Key
     from diffusionz.server.credits import Credits
     from diffusionz.server.jobs import Job
 
@@ -36,22 +35,22 @@ class Till:
             job.caller.key, job.caller.account, job.service, job.order.units, _call_id(job), job.request_hash, ttl_s
         )
         if not hold.created:
-            raise await self._lost(hold, job.caller.key, hold.expires_at - ttl_s, kept_s)
+            raise await self._lost(hold, hold.expires_at - ttl_s, kept_s)
         job.cost = _cost(hold, charged=False)
 
     async def charge(self, job: Job) -> None:
         """Takes the price. Raises PaymentsError: then nothing is charged and nothing must be delivered."""
-        job.cost = _cost(await self._credits.post(job.caller.key, _call_id(job)), charged=True)
+        job.cost = _cost(await self._credits.post(_call_id(job)), charged=True)
 
     async def void(self, job: Job, reason: str) -> None:
         """Gives the price back. When even that cannot be written, the hold expires by itself."""
         job.cost = None
         try:
-            await self._credits.void(job.caller.key, _call_id(job), reason)
+            await self._credits.void(_call_id(job), reason)
         except Exception as error:
             logger.warning("job %s: its hold was not voided and will expire: %s", job.id, error)
 
-    async def _lost(self, hold: Hold, key: Key | None, held_at: float, kept_s: float) -> Problem:
+    async def _lost(self, hold: Hold, held_at: float, kept_s: float) -> Problem:
         """What to say of a call that is in the ledger, and whose job is not here: it was cut off by a restart, or its
         result was kept for its time. Only the first is our fault: else asking again an hour later would give back the
         price of what was delivered. held_at: rounded up to a second."""
@@ -59,7 +58,7 @@ class Till:
         if state == "posted" and (held_at - 1 > self._opened_at or held_at + kept_s < time.time()):
             state = "kept"
         elif state == "posted":
-            await self._credits.refund(hold.call_id, Failure.result_lost, key)
+            await self._credits.refund(hold.call_id, Failure.result_lost)
             state = "refunded"
         said = {
             "kept": "its result was kept for its time, and is gone",

@@ -1013,7 +1013,7 @@ class Simulation:
         def post(web: Process) -> Hold:
             with immediate(web.connection):
                 hold = web.charges.post(call.id, units)
-                web.keys.settle(call.key.key, call.id, hold.charged)
+                web.keys.settle(call.key.key.account, call.id, hold.charged)
                 return hold
 
         usd_micro = -(-units // call.service.per) * call.service.micro_usd
@@ -1034,7 +1034,7 @@ class Simulation:
         def void(web: Process) -> Hold:
             with immediate(web.connection):
                 hold = web.charges.void(call.id, "engine_error")
-                web.keys.settle(call.key.key, call.id, 0)
+                web.keys.settle(call.key.key.account, call.id, 0)
                 return hold
 
         if call.resolved in ("posted", "refunded"):

@@ -112,7 +112,7 @@ def test_B12_a_revoked_keys_open_call_is_still_resolved(keys: Keys, clock: Any) 
         keys.authenticate(new.secret)
     with pytest.raises(IdentityError, match="is revoked"):
         keys.spend(new.key, "call-2", 1)  # it was authenticated a moment before
-    keys.settle(new.key, "call-1", 25)
+    keys.settle(new.key.account, "call-1", 25)
     assert keys.spent(new.key.id, int(clock()) // DAY) == 25
     clock.now += 10
     assert keys.revoke("user:a", new.key.id).revoked_at == revoked.revoked_at
@@ -189,14 +189,14 @@ def test_B13_a_days_limit_is_a_limit(keys: Keys, clock: Any) -> None:
     keys.spend(key, "call-2", 40)
     with pytest.raises(IdentityError, match="may spend 100 base units a day; 100 are spent, the call costs 1"):
         keys.spend(key, "call-3", 1)
-    keys.settle(key, "call-2", 15)
-    keys.settle(key, "call-1", 10**9)  # never more than was counted
+    keys.settle(key.account, "call-2", 15)
+    keys.settle(key.account, "call-1", 10**9)  # never more than was counted
     keys.spend(key, "call-3", 25)
     clock.now += 10  # the next day, UTC
     keys.spend(key, "call-4", 100)
     with pytest.raises(IdentityError, match="100 are spent"):
         keys.spend(key, "call-5", 1)
-    keys.settle(key, "call-4", 0)
+    keys.settle(key.account, "call-4", 0)
     keys.spend(key, "call-5", 100)
 
 

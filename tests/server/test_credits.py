@@ -39,11 +39,12 @@ from diffusionz.payments.settings import Settings, create_secret
 from diffusionz.server import credits as credits_module
 from diffusionz.server.credits import Credits
 
+from .conftest import PATIENCE_S
+
 TOKEN = 10**6
 FORECAST = 25 * TOKEN  # half a dollar at a high of two cents
 IMAGE = 50 * TOKEN
 CLIENT = "127.0.0.1"
-PATIENCE_S = 120.0
 
 Test = Callable[[Credits], Coroutine[Any, Any, None]]
 
@@ -166,11 +167,11 @@ def test_a_call_is_held_and_posted(run: Callable[..., None]) -> None:
         assert (balance["posted"], balance["held"], balance["available"]) == (1000 * TOKEN, 4 * IMAGE, 800 * TOKEN)
         assert (balance["usd"], balance["decimals"], balance["symbol"]) == ("16.00", 6, "CUTEDSL")
         assert await spent(credits, key) == 4 * IMAGE
-        posted = await credits.post(key, "call-1", 3)
+        posted = await credits.post("call-1", 3)
         assert (posted.state, posted.charged) == ("posted", 3 * IMAGE)
-        assert await credits.post(key, "call-1", 3) == posted  # a lost answer is asked for again
+        assert await credits.post("call-1", 3) == posted  # a lost answer is asked for again
         assert await spent(credits, key) == 3 * IMAGE
-        refunded = await credits.refund("call-1", Failure.result_lost, key)
+        refunded = await credits.refund("call-1", Failure.result_lost)
         assert refunded.state == "refunded" and await spent(credits, key) == 0
         assert await credits.find("call-1") == refunded and await credits.find("call-2") is None
         kinds = [(line["kind"], line["posted"], line["held"]) for line in await credits.history("user:a")]
@@ -183,7 +184,7 @@ def test_a_call_is_held_and_posted(run: Callable[..., None]) -> None:
         (last,) = await credits.history("user:a", limit=1)
         assert len(await credits.history("user:a", before=last["seq"])) == 3
         with pytest.raises(ConflictError):
-            await credits.void(key, "call-1")
+            await credits.void("call-1")
 
     run(test)
 
@@ -191,13 +192,13 @@ def test_a_call_is_held_and_posted(run: Callable[..., None]) -> None:
 def test_a_call_without_a_key_and_one_that_is_voided(run: Callable[..., None]) -> None:
     async def test(credits: Credits) -> None:
         await credits.hold(None, "user:a", "chronos2", 1, "one", "hash", 60)
-        assert (await credits.void(None, "one", "engine_error")).state == "voided"
-        assert (await credits.void(None, "one", "engine_error")).state == "voided"
+        assert (await credits.void("one", "engine_error")).state == "voided"
+        assert (await credits.void("one", "engine_error")).state == "voided"
         key = await key_of(credits, daily_limit=FORECAST)
         await credits.hold(key, "user:a", "chronos2", 1, "two", "hash", 60)
         with pytest.raises(IdentityError, match="may spend"):
             await credits.hold(key, "user:a", "chronos2", 1, "three", "hash", 60)
-        await credits.void(key, "two")
+        await credits.void("two")
         await credits.hold(key, "user:a", "chronos2", 1, "three", "hash", 60)  # what was voided does not count
         assert (await credits.balance("user:a"))["held"] == FORECAST
 
@@ -226,7 +227,7 @@ def test_a_refused_hold_counts_nowhere(run: Callable[..., None]) -> None:
             await credits.hold(key, "user:b", "zimage", 1, "call", "hash", 60)
         assert (await credits.balance("user:a"))["held"] == 0
         with pytest.raises(NotFoundError):
-            await credits.post(key, "call")
+            await credits.post("call")
         for id in ("", "x" * 49, "a/b", "../../etc", "a b", "é"):
             with pytest.raises(IdentifierError):
                 await credits.hold(None, "user:a", "zimage", 1, id, "hash", 60)
@@ -258,7 +259,7 @@ def test_of_many_at_once_so_many_are_held_as_the_balance_pays(run: Callable[...,
         held = [n for n, answer in enumerate(answers) if not isinstance(answer, BaseException)]
         assert len(held) == 1000 * TOKEN // FORECAST
         assert all(isinstance(answer, BalanceError) for n, answer in enumerate(answers) if n not in held)
-        await asyncio.gather(*(credits.post(key, f"call-{n}") for n in held))
+        await asyncio.gather(*(credits.post(f"call-{n}") for n in held))
         assert (await credits.balance("user:a"))["posted"] == 0
 
     run(test)
@@ -332,7 +333,7 @@ def test_when_the_disk_fails_under_one_nothing_is_written_for_any(
                 asyncio.create_task(credits.hold(None, "user:a", "zimage", 1, call, "hash", 60))
                 for call in ("one", "two", "three")
             ]
-            posts = [asyncio.create_task(credits.post(None, call)) for call in ("a", "b")]
+            posts = [asyncio.create_task(credits.post(call)) for call in ("a", "b")]
             await asyncio.sleep(0)
         failures = await asyncio.gather(*holds, return_exceptions=True)
         assert all(isinstance(failure, StorageError) for failure in failures), failures
@@ -354,9 +355,9 @@ def test_after_its_time_a_hold_is_not_posted(run: Callable[..., None], monkeypat
         await asyncio.sleep(hold.expires_at - time.time() + 0.01)
         began = time.monotonic()
         with pytest.raises(ExpiredError):
-            await credits.post(key, "call")
+            await credits.post("call")
         assert time.monotonic() - began < 60  # only a ledger that cannot be written is tried again
-        assert (await credits.void(key, "call")).state == "expired" and await spent(credits, key) == 0
+        assert (await credits.void("call")).state == "expired" and await spent(credits, key) == 0
 
     run(test)
 
@@ -408,7 +409,7 @@ def test_what_was_delivered_is_posted_when_the_lock_is_free_again(
             await credits.hold(key, "user:a", "zimage", 1, call, "hash", 60)
         monkeypatch.setattr(credits_module, "RESOLVE_S", 60)
         with locked(120):
-            asked = [asyncio.ensure_future(work) for work in (credits.post(key, "one"), credits.void(key, "two"))]
+            asked = [asyncio.ensure_future(work) for work in (credits.post("one"), credits.void("two"))]
             await asyncio.sleep(1)  # each has been tried more than once
             assert not any(work.done() for work in asked)
         assert [hold.state for hold in await asyncio.gather(*asked)] == ["posted", "voided"]
@@ -416,7 +417,7 @@ def test_what_was_delivered_is_posted_when_the_lock_is_free_again(
         with locked(60):
             began = time.monotonic()
             with pytest.raises(StorageError, match="locked"):
-                await credits.post(key, "three")
+                await credits.post("three")
             assert 0.3 < time.monotonic() - began < 30
         assert (await credits.find("three")).state == "held"  # type: ignore[union-attr]
 
@@ -453,7 +454,7 @@ def test_the_loop_goes_on_beside_many_calls(run: Callable[..., None]) -> None:
     async def test(credits: Credits) -> None:
         async def call(n: int) -> None:
             await credits.hold(None, "user:a", "chronos2", 1, f"call-{n}", "hash", 60)
-            await credits.void(None, f"call-{n}")
+            await credits.void(f"call-{n}")
 
         async with worst_lag() as lag:
             for first in range(0, 200, 20):
@@ -609,7 +610,7 @@ def test_a_low_balance_is_noted(run: Callable[..., None], settings: Settings) ->
     async def test(credits: Credits) -> None:
         await credits.subscribe("user:a", "ann@example.org", 980 * TOKEN)
         await credits.hold(None, "user:a", "chronos2", 1, "call", "hash", 60)
-        await credits.post(None, "call")
+        await credits.post("call")
         with shop.opened(settings) as parts:
             notices = parts.connection.execute("SELECT account, kind, tokens FROM notices").fetchall()
             assert notices == [("user:a", "low_balance", 975 * TOKEN)]
