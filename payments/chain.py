@@ -47,6 +47,8 @@ GENESIS_HASHES = {
     "devnet": "EtWTRABZaYq6iMfeYKouRu166VU2xqa1wcaWoxPkrZBG",
 }
 
+TIMEOUT_S = 20.0  # that a node's answer is waited for
+
 # The node's limits on one request.
 MAX_SIGNATURES_LISTED = 1000
 MAX_ACCOUNTS = 100
@@ -178,7 +180,12 @@ class Chain:
     """
 
     def __init__(
-        self, client: AsyncClient, *, genesis_hash: str | None = None, timeout_seconds: float = 20.0, name: str = "node"
+        self,
+        client: AsyncClient,
+        *,
+        genesis_hash: str | None = None,
+        timeout_seconds: float = TIMEOUT_S,
+        name: str = "node",
     ) -> None:
         self._client = client
         self._expected_genesis = genesis_hash
@@ -192,7 +199,7 @@ class Chain:
         url: str,
         *,
         genesis_hash: str | None = None,
-        timeout_seconds: float = 20.0,
+        timeout_seconds: float = TIMEOUT_S,
         requests_per_second: float = 0,
     ) -> Chain:
         """A Chain over HTTP. 0 requests per second means no limit. Raises ConfigurationError for a bad URL."""

@@ -224,10 +224,10 @@ class Charges:
     def open_calls(self) -> list[Hold]:
         """The calls that are held and not resolved, oldest first."""
         rows = self.ledger.connection.execute(
-            "SELECT substr(t.id, 6, length(t.id) - 10) FROM open_holds AS o JOIN transfers AS t ON t.seq = o.hold"
+            "SELECT t.id FROM open_holds AS o JOIN transfers AS t ON t.seq = o.hold"
             " WHERE t.id GLOB 'call:*:hold' ORDER BY t.seq"
         ).fetchall()
-        return [self._known(call_id) for (call_id,) in rows]
+        return [self._known(id.removeprefix("call:").removesuffix(":hold")) for (id,) in rows]
 
     def _state(self, held: Transfer) -> tuple[State, int]:
         """How far the hold has come, and what was charged."""

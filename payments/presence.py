@@ -41,11 +41,10 @@ class Presence:
                 if_alone()
             # Between the two locks somebody else may find nobody there, but nothing of ours either.
             fcntl.flock(self._file, fcntl.LOCK_SH)
-        except OSError as error:
+        except BaseException as error:
             self.leave()
-            raise StorageError(f"{self._path}: {error.strerror}") from error
-        except BaseException:
-            self.leave()
+            if isinstance(error, OSError):
+                raise StorageError(f"{self._path}: {error.strerror}") from error
             raise
 
     def leave(self) -> None:

@@ -28,7 +28,7 @@ from spl.token.constants import TOKEN_2022_PROGRAM_ID, TOKEN_PROGRAM_ID
 
 from diffusionz.payments import settings as configuration
 from diffusionz.payments.addresses import Addresses, Seed, derive_pool, parse_address
-from diffusionz.payments.chain import GENESIS_HASHES, Chain
+from diffusionz.payments.chain import GENESIS_HASHES, TIMEOUT_S, Chain
 from diffusionz.payments.database import Connection, open_database
 from diffusionz.payments.deposits import Deposits, Pins
 from diffusionz.payments.errors import AmountError, ChainError, ConfigurationError
@@ -286,7 +286,7 @@ async def call(url: str, method: str, *params: object) -> Any:
     """A JSON-RPC method that the client of Solana has no name for. Raises ChainError."""
     request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
     try:
-        async with httpx2.AsyncClient(timeout=20.0) as client:  # as patient as Chain: a dev chain shares its machine
+        async with httpx2.AsyncClient(timeout=TIMEOUT_S) as client:
             answer = (await client.post(url, json=request)).json()
     except (httpx2.HTTPError, ValueError) as error:
         raise ChainError(f"{method}: the node does not answer: {type(error).__name__}") from None

@@ -16,6 +16,7 @@ from solders.pubkey import Pubkey
 
 from diffusionz.payments import shop
 from diffusionz.payments.background import Background
+from diffusionz.payments.chain import TIMEOUT_S
 from diffusionz.payments.database import immediate, open_database
 from diffusionz.payments.devnet import Devnet
 from diffusionz.payments.errors import ConfigurationError, SeedError
@@ -27,7 +28,6 @@ from tests.payments.world import port_of_ones_own
 
 NOWHERE = "http://127.0.0.1:9"  # the port that discards
 PATIENCE_S = 120.0  # for what is done in a second where nobody else is busy
-NODE_S = 20.0  # that a node's answer is waited for
 
 
 class LiveChain:
@@ -122,12 +122,12 @@ def keep() -> Iterator[Callable[..., Keeper]]:
         keepers.append(Keeper(settings, **quick | options))
         began = time.monotonic()
         keepers[-1].start()
-        assert time.monotonic() - began < NODE_S / 2
+        assert time.monotonic() - began < TIMEOUT_S / 2
         return keepers[-1]
 
     yield start
     for keeper in keepers:
-        assert keeper.stop(NODE_S * 3 / 4)
+        assert keeper.stop(TIMEOUT_S * 3 / 4)
         assert not any(status.running for status in keeper.status().values())
 
 
@@ -261,7 +261,7 @@ def test_stop_does_not_wait_for_a_node_that_is_silent(settings: Settings, keep: 
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
         keeper = keep(dataclasses.replace(settings, rpc_urls=(f"http://127.0.0.1:{silent.getsockname()[1]}",)))
         until(lambda: keeper.status()["holds"].running)
-        assert keeper.stop(NODE_S * 3 / 4)
+        assert keeper.stop(TIMEOUT_S * 3 / 4)
     assert keeper.stop()  # again is fine
     assert Keeper(settings).stop()  # and before it was started
 
