@@ -7,7 +7,6 @@ import decimal
 import gc
 import itertools
 import pathlib
-import signal
 import subprocess
 import sys
 import threading
@@ -36,6 +35,7 @@ from diffusionz import (
 )
 from tests.models import chronos_reference, parity
 from tests.models.test_chronos_lora import save_adapter
+from tests.python.interrupt import STOPPED_S, check_ctrl_c
 
 HORIZON = 24
 
@@ -664,34 +664,18 @@ def test_what_on_progress_raises_stops_the_call(model: Chronos2) -> None:
 
         with pytest.raises(error):
             model.forecast(rows, 64, on_progress=stop, progress=False)
-        assert time.monotonic() - raised[0] < 30
+        assert time.monotonic() - raised[0] < STOPPED_S
     model.forecast([1.0, 2.0], 4)
 
 
 def test_control_c_stops(tiny_chronos: pathlib.Path) -> None:
-    code = (
+    check_ctrl_c(
         "import numpy; from diffusionz import Chronos2\n"
         f"model = Chronos2({str(tiny_chronos)!r}, device='cpu')\n"
-        "rows = numpy.random.default_rng(0).normal(size=(20000, 2000)).astype('float32')\n"
-        "said = []\n"
-        "def say(progress):\n"
-        "    if progress.step and not said: said.append(print('forecasting', flush=True))\n"
-        "try:\n    model.forecast(rows, 64, on_progress=say, progress=False)\n"
-        "except KeyboardInterrupt:\n    print('stopped', flush=True)\n"
-        "model.forecast([1.0, 2.0], 4); print('forecast', flush=True)\n"
+        "rows = numpy.random.default_rng(0).normal(size=(20000, 2000)).astype('float32')",
+        "model.forecast(rows, 64, on_progress=say, progress=False)",
+        "model.forecast([1.0, 2.0], 4)",
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout
-        assert process.stdout.readline() == "forecasting\n"
-        process.send_signal(signal.SIGINT)
-        start = time.monotonic()
-        assert process.stdout.readline() == "stopped\n"
-        assert time.monotonic() - start < 30  # all of it takes more
-        assert process.stdout.readline() == "forecast\n"
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
 
 
 def test_many_threads_on_one_model(model: Chronos2) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import threading
@@ -27,11 +26,11 @@ from diffusionz import (
     Progress,
     ZImage,
 )
+from tests.python.interrupt import STOPPED_S, check_ctrl_c
 
 SMALL: dict[str, Any] = {"width": 48, "height": 32, "steps": 2, "progress": False}
 # Most of a minute of work, in steps of a twentieth of a second: what is stopped ends long before STOPPED_S.
 LONG: dict[str, Any] = {"width": 512, "height": 512, "steps": 1000, "progress": False}
-STOPPED_S = 30
 
 
 def test_a_picture(engine: ZImage) -> None:
@@ -224,29 +223,11 @@ def test_what_on_progress_raises_stops_the_call_and_is_raised(engine: ZImage) ->
 
 
 def test_control_c_stops_within_a_step(tiny_model: pathlib.Path) -> None:
-    """In a process of its own: the call ends soon after the signal, and the model still draws."""
-    code = (
-        "from diffusionz import ZImage\n"
-        f"model = ZImage({str(tiny_model)!r}, device='cpu')\n"
-        "said = []\n"
-        "def say(progress):\n"
-        "    if progress.step and not said: said.append(print('drawing', flush=True))\n"
-        f"try:\n    model.generate('x', **{LONG}, on_progress=say)\n"
-        "except KeyboardInterrupt:\n    print('stopped', flush=True)\n"
-        "model.generate('x', width=32, height=32, steps=1, progress=False); print('drew', flush=True)\n"
+    check_ctrl_c(
+        f"from diffusionz import ZImage; model = ZImage({str(tiny_model)!r}, device='cpu')",
+        f"model.generate('x', **{LONG}, on_progress=say)",
+        "model.generate('x', width=32, height=32, steps=1, progress=False)",
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout
-        assert process.stdout.readline() == "drawing\n"
-        process.send_signal(signal.SIGINT)
-        start = time.monotonic()
-        assert process.stdout.readline() == "stopped\n"
-        assert time.monotonic() - start < STOPPED_S
-        assert process.stdout.readline() == "drew\n"
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
 
 
 def test_other_python_threads_run_while_it_draws(engine: ZImage) -> None:
