@@ -22,6 +22,25 @@ import pytest
 PATIENCE_S = 120.0  # for what takes a moment: two cores that others use too may take many times as long
 
 
+def until(condition: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
+    """What the condition says, once it is true."""
+    deadline = time.monotonic() + patience_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return value
+
+
+def ended(client: httpx2.Client, id: str) -> dict[str, Any]:
+    """The job, once it is over."""
+
+    def job() -> dict[str, Any] | None:
+        found: dict[str, Any] = client.get(f"/api/jobs/{id}").json()
+        return None if found["status"] in ("queued", "running") else found
+
+    return dict(until(job))
+
+
 @dataclasses.dataclass
 class Running:
     """A server's process. `log` is the file of its log."""
@@ -147,10 +166,7 @@ class Customer:
         before = self.balance()["posted"]
         sent = self.client.post("/api/dev/faucet", json={"address": address, "tokens": tokens})
         assert sent.status_code == 200, sent.text
-        deadline = time.monotonic() + PATIENCE_S
-        while self.balance()["posted"] == before:
-            assert time.monotonic() < deadline, "nothing was credited"
-            time.sleep(0.1)
+        until(lambda: self.balance()["posted"] != before)
 
     def close(self) -> None:
         self.client.close()

@@ -21,7 +21,7 @@ import httpx2
 from diffusionz.payments import database, settings, shop
 from diffusionz.payments.keys import Keys
 from diffusionz.payments.settings import Settings
-from tests.server.conftest import PATIENCE_S, Running
+from tests.server.conftest import PATIENCE_S, Running, until
 
 ZIMAGE, CHRONOS2 = 50_000_000, 25_000_000  # base units of a picture and a forecast at the dev chain's fixed rate
 
@@ -97,10 +97,7 @@ class Shop:
 
     def settled(self, buyer: Buyer, patience_s: float = PATIENCE_S) -> Counter[str]:
         """`lines`, once nothing is held any more."""
-        deadline = time.monotonic() + patience_s
-        while self.balance(buyer)[1]:
-            assert time.monotonic() < deadline, "something is held for ever"
-            time.sleep(0.05)
+        until(lambda: not self.balance(buyer)[1], patience_s)
         return self.lines(buyer)
 
     def calls(self) -> int:

@@ -6,7 +6,6 @@ import base64
 import concurrent.futures
 import io
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 
 from diffusionz import ZImage
 from diffusionz.server import a1111
-from tests.server.conftest import PATIENCE_S, Customer, Running, Start
+from tests.server.conftest import PATIENCE_S, Customer, Running, Start, until
 
 RED = "a red circle on a blue background"
 SLOW = {"prompt": "a blue square", "steps": 50, "batch_size": 4}
@@ -42,14 +41,6 @@ def in_base64(picture: PIL.Image.Image, format: str = "PNG") -> str:
 
 
 GREY = PIL.Image.linear_gradient("L").convert("RGB")
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
 
 
 @pytest.fixture(scope="module")

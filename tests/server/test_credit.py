@@ -14,8 +14,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.server.conftest import Customer, Running, Start
-from tests.server.shops import CHRONOS2, PATIENCE_S, ZIMAGE, Buyer, Shop, devnet, no_traceback
+from tests.server.conftest import Customer, Running, Start, ended, until
+from tests.server.shops import CHRONOS2, ZIMAGE, Shop, devnet, no_traceback
 
 PICTURE = {"service": "zimage", "prompt": "a red circle", "steps": 2}
 SLOW = {"service": "zimage", "prompt": "a blue square", "steps": 50, "n": 4}
@@ -46,22 +46,6 @@ def server(shop: Shop, start: Start) -> Iterator[Running]:
 def problem(answer: httpx2.Response, status: int, code: str) -> dict[str, Any]:
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
     return dict(answer.json())
-
-
-def ended(client: httpx2.Client, id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + PATIENCE_S
-    while (job := client.get(f"/api/jobs/{id}").json())["status"] in ("queued", "running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return dict(job)
-
-
-def until_held(shop: Shop, buyer: Buyer) -> None:
-    """Returns when something of its credit is held, or was."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not shop.lines(buyer):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # --- What is charged ---
@@ -182,7 +166,7 @@ def test_a_client_that_leaves_pays_nothing(server: Running, shop: Shop, stream: 
             next(events.iter_lines())
     else:
         with server.left("/api/service", SLOW, buyer.headers):
-            until_held(shop, buyer)
+            until(lambda: shop.lines(buyer))  # it is held
     assert shop.settled(buyer) == {"hold": 1, "void": 1} and shop.balance(buyer) == (4 * ZIMAGE, 0)
 
 
@@ -254,7 +238,7 @@ def test_a_lost_answer_is_asked_for_again_and_charged_once(server: Running, shop
     body = PICTURE | {"steps": 40}
     with buyer.client(server) as client:
         with server.left("/api/service", body, buyer.headers | key):
-            until_held(shop, buyer)
+            until(lambda: shop.lines(buyer))  # it is held
         # The same bytes, as a client that sends again does.
         sent = {"content": json.dumps(body), "headers": key | {"content-type": "application/json"}}
         again = client.post("/api/service", **sent)

@@ -21,7 +21,7 @@ import pytest
 
 from diffusionz.hub import locate
 from diffusionz.server.jobs import STOP_S
-from tests.server.conftest import Running, Start
+from tests.server.conftest import Running, Start, ended, until
 from tests.server.shops import CHRONOS2, PATIENCE_S, ZIMAGE, Shop, devnet, no_traceback
 
 PICTURE = {"service": "zimage", "prompt": "a red circle", "steps": 2}
@@ -45,18 +45,6 @@ def shop(chain: str, tmp_path: pathlib.Path) -> Iterator[Shop]:
 
 def code(answer: httpx2.Response) -> str:
     return str(answer.json()["error"]["code"]) if answer.status_code >= 400 else "ok"
-
-
-def until(true: Any, patience_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def ended(client: httpx2.Client, id: str) -> dict[str, Any]:
-    until(lambda: client.get(f"/api/jobs/{id}").json()["status"] not in ("queued", "running"))
-    return dict(client.get(f"/api/jobs/{id}").json())
 
 
 # --- The process ends ---

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from .conftest import PATIENCE_S, Running
+from .conftest import PATIENCE_S, Running, ended, until
 
 SLOW = {"service": "zimage", "prompt": "a blue square", "steps": 50, "n": 4}
 
@@ -26,14 +26,6 @@ def events(response: httpx2.Response) -> Iterator[tuple[str, dict[str, Any]]]:
             name = value
         elif field == "data":
             yield name, json.loads(value)
-
-
-def ended(client: httpx2.Client, id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + PATIENCE_S
-    while (job := client.get(f"/api/jobs/{id}").json())["status"] in ("queued", "running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return dict(job)
 
 
 def test_a_picture_is_the_engines(free: httpx2.Client) -> None:
@@ -137,11 +129,7 @@ def test_a_waiting_job_can_be_cancelled_and_tells_its_place(free: httpx2.Client)
 
 def begun(client: httpx2.Client, before: list[str]) -> str:
     """The id of the job that was not among the newest `before`, as soon as it is there."""
-    deadline = time.monotonic() + PATIENCE_S
-    while (newest := listed(client)[0]) in before:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return newest
+    return str(until(lambda: set(listed(client)[:1]) - set(before)).pop())
 
 
 def listed(client: httpx2.Client) -> list[str]:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import PIL.Image
 import pytest
 
 from diffusionz import ZImage
-from tests.server.conftest import PATIENCE_S, Customer, Running, Start
+from tests.server.conftest import PATIENCE_S, Customer, Running, Start, ended, until
 
 RED = "a red circle on a blue background"
 
@@ -284,24 +283,12 @@ def test_a_stream_that_fails_says_so(client: openai.OpenAI, free: httpx2.Client)
 
 def test_a_client_that_leaves_cancels_its_call(free_server: Running, free: httpx2.Client) -> None:
     before = {job["id"] for job in free.get("/api/jobs").json()["jobs"]}
-    left = threading.Event()
-
-    def leave() -> None:
-        impatient = openai.OpenAI(base_url=f"{free_server.url}/v1", api_key="none", max_retries=0, timeout=2)
-        # A picture of minutes, so that it is not the server that ends it.
-        with pytest.raises(openai.APITimeoutError):
-            impatient.images.generate(prompt="left behind", n=4, size="512x512", extra_body={"num_inference_steps": 50})
-        left.set()
-
-    thread = threading.Thread(target=leave)
-    thread.start()
-    thread.join()
-    assert left.is_set()
-    deadline = time.monotonic() + PATIENCE_S
-    while (job := free.get("/api/jobs").json()["jobs"][0])["id"] in before or job["status"] in ("queued", "running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert job["status"] == "cancelled"
+    impatient = openai.OpenAI(base_url=f"{free_server.url}/v1", api_key="none", max_retries=0, timeout=2)
+    # A picture of minutes, so that it is not the server that ends it.
+    with pytest.raises(openai.APITimeoutError):
+        impatient.images.generate(prompt="left behind", n=4, size="512x512", extra_body={"num_inference_steps": 50})
+    id = until(lambda: [job["id"] for job in free.get("/api/jobs").json()["jobs"] if job["id"] not in before])[0]
+    assert ended(free, id)["status"] == "cancelled"
 
 
 # --- Where calls cost something ---

@@ -25,7 +25,7 @@ from diffusionz.server.metrics import Metrics
 from diffusionz.server.models import Models, Spec
 from diffusionz.server.settings import Settings
 
-from .conftest import PATIENCE_S, Customer, Running, Start
+from .conftest import PATIENCE_S, Customer, Running, Start, ended
 
 Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -100,10 +100,7 @@ def test_the_figures_are_those_of_the_traffic(client: httpx2.Client) -> None:
     id = client.post("/api/jobs", json=long).json()["id"]
     assert figure(figures(client), "jobs_active") == 1
     client.delete(f"/api/jobs/{id}")
-    deadline = time.monotonic() + PATIENCE_S
-    while client.get(f"/api/jobs/{id}").json()["status"] != "cancelled":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert ended(client, id)["status"] == "cancelled"
     during = figures(client)
     assert figure(during, "models_bytes") == sum(row["size"] for row in client.get("/api/ps").json()["models"]) > 0
     client.post("/api/unload", json={"model": "forecast"}).raise_for_status()
@@ -319,10 +316,8 @@ def test_every_line_is_json_and_none_has_a_secret(customer: Callable[..., Custom
     made = someone.browser.post("/api/keys", json={"name": "x"}, headers={"sec-fetch-site": "same-origin"})
     assert made.status_code == 201, made.text
     # The jobs too, which are in no other test's figures then.
-    deadline = time.monotonic() + PATIENCE_S
-    while any(job["status"] in ("queued", "running") for job in someone.client.get("/api/jobs").json()["jobs"]):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    for job in someone.client.get("/api/jobs").json()["jobs"]:
+        ended(someone.client, job["id"])
     text = dev_server.log.read_text().rpartition("\n")[0]  # the last line may be half written
     for line in text.splitlines():
         about = json.loads(line)

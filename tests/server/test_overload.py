@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from tests.bench.record import percentile
-from tests.server.conftest import PATIENCE_S, Running, Start
+from tests.server.conftest import PATIENCE_S, Running, Start, ended, until
 from tests.server.shops import ZIMAGE, Buyer, Shop, devnet, no_traceback
 
 QUEUE = 4
@@ -102,20 +102,15 @@ def job(client: httpx2.Client, **more: Any) -> httpx2.Response:
 def occupied(client: httpx2.Client) -> str:
     """Has the device draw for long, so that whatever comes next waits; the job's path, to end it."""
     url: str = job(client, steps=50, n=4, width=256, height=256).json()["urls"]["self"]
-    deadline = time.monotonic() + PATIENCE_S
-    while client.get(url).json()["status"] != "running":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: client.get(url).json()["status"] == "running")
     return url
 
 
 def cancelled(client: httpx2.Client) -> None:
     for one in client.get("/api/jobs").json()["jobs"]:
         client.delete(one["urls"]["self"])
-    deadline = time.monotonic() + PATIENCE_S
-    while any(one["status"] in ("queued", "running") for one in client.get("/api/jobs").json()["jobs"]):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    for one in client.get("/api/jobs").json()["jobs"]:
+        ended(client, one["id"])
 
 
 def test_who_sends_forty_waits_behind_them_himself(sold: tuple[Running, Shop]) -> None:
@@ -146,7 +141,7 @@ def end_of(job: dict[str, Any]) -> float:
     return float(job["created_at"] + job["timings_ms"]["total"] / 1e3)
 
 
-def ended(client: httpx2.Client) -> int:
+def completed(client: httpx2.Client) -> int:
     return sum(job["status"] == "completed" for job in client.get("/api/jobs").json()["jobs"])
 
 
@@ -157,12 +152,9 @@ def test_two_who_flood_take_turns(sold: tuple[Running, Shop]) -> None:
     with first.client(server) as one, second.client(server) as two:
         for client in (one, two):
             assert [job(client).status_code for _ in range(12)] == [202] * 12
-        deadline = time.monotonic() + PATIENCE_S
-        while ended(two) < 8:
-            # Asked one after the other, so one more may have ended in between, and a head start counts.
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert ended(one) - ended(two) <= 4, (ended(one), ended(two))
+        until(lambda: completed(two) >= 8)
+        # Asked one after the other, so one more may have ended in between, and a head start counts.
+        assert completed(one) - completed(two) <= 4, (completed(one), completed(two))
         cancelled(one)
         cancelled(two)
 

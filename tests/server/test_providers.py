@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,7 @@ from diffusionz.server.providers.breaker import Breaker
 from diffusionz.server.providers.fal import Fal, FalSettings
 from diffusionz.server.providers.web import Hosts, Unanswered, Web
 from diffusionz.server.settings import Settings
-from tests.server.conftest import PATIENCE_S, Customer, Running, Start
+from tests.server.conftest import Customer, Running, Start, ended, until
 from tests.server.fal_server import JPEG, KEY, MP4, PNG, FalServer, fal_server
 
 TOTAL_S = 60.0
@@ -72,21 +72,6 @@ def server(serve: Start) -> Iterator[Running]:
 def client(server: Running) -> Iterator[httpx2.Client]:
     with server.client() as client:
         yield client
-
-
-def ended(client: httpx2.Client, id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + PATIENCE_S
-    while (job := client.get(f"/api/jobs/{id}").json())["status"] in ("queued", "running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return dict(job)
-
-
-def soon(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # --- What works ---
@@ -187,7 +172,7 @@ def test_the_queue_there_is_progress_here(client: httpx2.Client) -> None:
 def test_more_than_may_run_there_wait_here(serve: Start, fal: FalServer) -> None:
     with serve("--free", concurrency=1) as server, server.client() as client:
         first = client.post("/api/jobs", json={"service": "flux_image", "prompt": "fault never"}).json()
-        soon(lambda: fal.of("fault never"))
+        until(lambda: fal.of("fault never"))
         second = client.post("/api/jobs", json={"service": "ltx_video", "prompt": "second"}).json()
         assert client.get(second["urls"]["self"]).json()["queue_position"] == 1
         assert not fal.of("second")
@@ -344,10 +329,10 @@ def test_the_operator_reads_what_users_do_not(outcomes: dict[str, httpx2.Respons
 def test_a_cancel_reaches_them(client: httpx2.Client, fal: FalServer, stage: str) -> None:
     before = len(fal.of(f"fault {stage}"))
     job = client.post("/api/jobs", json={"service": "flux_image", "prompt": f"fault {stage}"}).json()
-    soon(lambda: len(fal.of(f"fault {stage}")) > before)
+    until(lambda: len(fal.of(f"fault {stage}")) > before)
     asked = fal.of(f"fault {stage}")[-1]
     if stage == "never":
-        soon(lambda: asked.looks)
+        until(lambda: asked.looks)
     client.post(job["urls"]["cancel"])
     assert ended(client, job["id"])["status"] == "cancelled"
     assert asked.id in fal.cancelled  # before our job's end is told
@@ -356,15 +341,15 @@ def test_a_cancel_reaches_them(client: httpx2.Client, fal: FalServer, stage: str
 def test_a_client_that_leaves_cancels_there(server: Running, fal: FalServer) -> None:
     before = len(fal.of("fault never"))
     with server.left("/api/service", {"service": "flux_image", "prompt": "fault never"}):
-        soon(lambda: len(fal.of("fault never")) > before and fal.of("fault never")[-1].looks)
-    soon(lambda: fal.of("fault never")[-1].id in fal.cancelled)
+        until(lambda: len(fal.of("fault never")) > before and fal.of("fault never")[-1].looks)
+    until(lambda: fal.of("fault never")[-1].id in fal.cancelled)
 
 
 def test_a_server_that_stops_leaves_nothing_running_there(serve: Start, fal: FalServer) -> None:
     with serve("--free") as server, server.client() as client:
         before = len(fal.of("fault never"))
         client.post("/api/jobs", json={"service": "flux_image", "prompt": "fault never"})
-        soon(lambda: len(fal.of("fault never")) > before and fal.of("fault never")[-1].looks)
+        until(lambda: len(fal.of("fault never")) > before and fal.of("fault never")[-1].looks)
         assert server.stop() == 0
     assert fal.of("fault never")[-1].id in fal.cancelled
 
