@@ -6,10 +6,12 @@ an adapter); beside the CPU's float32 picture where it is not; FP8 beside diffus
 product rounded to FP8 in the same way: ours may err twice as much.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -85,6 +87,27 @@ def test_a_graph_draws_what_its_launches_draw(demo_model, tmp_path, precision):
         drawn[disabled] = list(numpy.load(file).values())
     for eager, recorded in zip(drawn["graphs"], drawn[""], strict=True):
         assert (eager == recorded).all()
+
+
+def test_each_call_may_come_from_another_thread(demo_model):
+    """Libraries' handles are a thread's: what one thread ran first, another records, and a third replays. Called as a
+    program would call the library: the package's own threads are kept between calls."""
+    from diffusionz._ffi import ffi, lib
+    from diffusionz.zimage import _Requests
+
+    pictures = []
+
+    def call(model) -> None:
+        requests = _Requests(2)
+        requests.fill(width=SIZE, height=SIZE, num_steps=2, format=lib.DIFFUSIONZ_FORMAT_RGB, seed=SEED)
+        for i, prompt in enumerate((PROMPT, f"{PROMPT}, {len(pictures)}")):  # a known prompt would not be encoded
+            requests.structs[i].prompt = requests.string("prompt", prompt)
+        pictures.append(requests.draw(model._alive(), ffi.NULL)[0][0])
+
+    with open_model(demo_model, "cuda", "bfloat16") as model, contextlib.ExitStack() as threads:
+        for _ in range(4):  # all alive to the end: handles of one that has ended would go to the next
+            threads.enter_context(ThreadPoolExecutor(1)).submit(call, model).result()
+    assert all(picture == pictures[0] for picture in pictures)
 
 
 def test_graphs_keep_requests_apart(cuda_bf16):

@@ -114,7 +114,7 @@ const at::Tensor& RowPass::compute(Shape& shape) {
         if (std::none_of(shapes_.begin(), shapes_.end(), [](const Shape& other) { return other.graph.captured(); }))
             pool_ = GraphPool();
         try {
-            shape.graph.capture(model_->placement().device, work, &pool_);
+            shape.graph.capture(model_->placement().device, work, shape.ran_on, pool_);
         } catch (const c10::OutOfMemoryError&) {
             shape.too_large = true;
             release_kept_memory();

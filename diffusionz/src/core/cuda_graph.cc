@@ -33,12 +33,13 @@ struct CudaGraph::Impl {
     at::cuda::CUDAGraph graph;
 };
 
-void CudaGraph::capture(at::Device device, const std::function<void()>& work, const GraphPool* pool) {
+void CudaGraph::capture(at::Device device, const std::function<void()>& work, std::thread::id ran_on, const GraphPool& pool) {
     impl_.reset();
     const c10::cuda::CUDAGuard guard(device);
+    if (ran_on != std::this_thread::get_id()) work();
     auto impl = std::make_unique<Impl>();
     // Other threads' engines may allocate and launch meanwhile: only what this thread does is of the graph.
-    impl->graph.capture_begin(pool ? pool->id_ : c10::MempoolId_t{0, 0}, cudaStreamCaptureModeThreadLocal);
+    impl->graph.capture_begin(pool.id_, cudaStreamCaptureModeThreadLocal);
     try {
         work();
     } catch (...) {
@@ -60,7 +61,7 @@ void CudaGraph::replay() { impl_->graph.replay(); }
 WorkStream::WorkStream(at::Device) {}
 GraphPool::GraphPool() = default;
 struct CudaGraph::Impl {};
-void CudaGraph::capture(at::Device device, const std::function<void()>&, const GraphPool*) {
+void CudaGraph::capture(at::Device device, const std::function<void()>&, std::thread::id, const GraphPool&) {
     fail(DIFFUSIONZ_E_INTERNAL, "a CUDA graph was asked for on ", device.str(), " in a build without CUDA");
 }
 void CudaGraph::replay() {}
@@ -92,7 +93,7 @@ at::Tensor GraphCache::run(const std::string& key, const std::vector<at::Tensor>
     auto entry = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& other) { return other.key == full_key; });
     if (entry == entries_.end()) {
         if (entries_.size() == kGraphsMax) entries_.pop_back();
-        entries_.push_front({full_key, make(), {}, {}, {}, false});
+        entries_.push_front({full_key, make(), {}, {}, {}});
         return entries_.front().work(inputs);
     }
     entries_.splice(entries_.begin(), entries_, entry);
@@ -105,7 +106,7 @@ at::Tensor GraphCache::run(const std::string& key, const std::vector<at::Tensor>
         try {
             std::vector<at::Tensor> kept;
             for (const at::Tensor& input : inputs) kept.push_back(input.clone());
-            entry->graph.capture(device_, [&] { entry->output = entry->work(kept); }, &pool_);
+            entry->graph.capture(device_, [&] { entry->output = entry->work(kept); }, entry->ran_on, pool_);
             entry->inputs = std::move(kept);
         } catch (const c10::OutOfMemoryError&) {
             entry->too_large = true;

@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace diffusionz {
@@ -56,10 +57,10 @@ public:
     CudaGraph(CudaGraph&&) noexcept;
     CudaGraph& operator=(CudaGraph&&) noexcept;
 
-    // Records what `work` sends to the current stream of `device`, without running it. `work` must have run before, so that
-    // libraries have what they allocate at their first call, and must not wait for the device. Without a pool the graph has its
-    // own. What `work` throws comes through, and nothing is recorded.
-    void capture(at::Device device, const std::function<void()>& work, const GraphPool* pool = nullptr);
+    // Records what `work` sends to the current stream of `device`, without running it. `work` must have run before, and must not
+    // wait for the device. Libraries make handles at their first call on a thread, which cannot be done while recording: where
+    // `work` ran on another thread, `ran_on`, it is run once more first. What it throws comes through, and nothing is recorded.
+    void capture(at::Device device, const std::function<void()>& work, std::thread::id ran_on, const GraphPool& pool);
     // Runs it on the current stream.
     void replay();
     bool captured() const { return impl_ != nullptr; }
@@ -93,6 +94,7 @@ private:
         at::Tensor output;
         CudaGraph graph;
         bool too_large = false;  // there was no memory to record it in
+        std::thread::id ran_on = std::this_thread::get_id();
     };
 
     at::Device device_;
