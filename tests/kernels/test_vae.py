@@ -324,6 +324,17 @@ def test_attention_sm90_carries_what_is_not_a_number(ops: Any) -> None:
     assert nan[0, :, 0].all() and nan[0, 7, 1].all() and nan[0, :, 1].sum() == 128
 
 
+def test_attention_sm90_of_more_than_two_to_the_31_numbers(ops: Any) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is Hopper's")
+    tokens, heads = 512, 30
+    batch = 2**31 // (tokens * heads * 128) + 3  # in the result; q, k and v together are three times that
+    x = torch.empty(batch, tokens, 3 * heads * 128, device="cuda", dtype=torch.bfloat16).normal_()
+    q, k, v = x.unflatten(-1, (-1, 128)).split([heads] * 3, 2)
+    y = ops.attention_sm90(q, k, v)
+    assert torch.equal(y[-2:], ops.attention_sm90(*(part[-2:].clone() for part in (q, k, v))))
+
+
 def random_vae(file: pathlib.Path, channels: tuple[int, ...], latents: int) -> None:
     """An autoencoder with these channels, from the pixels' end, in diffusers' names."""
     generator = torch.Generator().manual_seed(0)
