@@ -8,6 +8,7 @@ On the machine with the GPU (SCRATCH holds the random models, which are written 
     python -m tests.bench.gpu devices OUT.json --scratch SCRATCH     a batch on all devices beside one of them
     python -m tests.bench.gpu accuracy OUT.json WINDOWS.npz          MASE and WQL of a precision, the bundled model
     python -m tests.bench.gpu quality OUT.json                       pictures of a precision, the bundled model
+    python -m tests.bench.gpu webp OUT.json FILE...                  lossy WebP of pictures, by their names
 
 In the repository, with its history:
 
@@ -444,6 +445,34 @@ def quality(args: argparse.Namespace) -> None:
     save(args.out, "quality", args.device, **result)
 
 
+# --- WebP ---
+
+
+def webp(args: argparse.Namespace) -> None:
+    """A picture's encoding, apart from its drawing: how long it takes depends on what there is to see."""
+    from diffusionz._ffi import check, ffi, lib
+    from diffusionz.bench import gpu
+    from diffusionz.bench.table import Row, as_table
+    from diffusionz.image import to_rgb
+
+    rows = []
+    for file in args.files:
+        pixels, width, height = to_rgb(file)
+        sizes = []
+
+        def encode(_: int, rgb=bytes(pixels), width=width, height=height, sizes=sizes) -> None:
+            out = ffi.new("DiffusionZResult *")
+            check(lib.diffusionz_image_encode(rgb, width, height, lib.DIFFUSIONZ_FORMAT_WEBP, 90, ffi.NULL, out))
+            sizes.append(out.image_len)
+            lib.diffusionz_free_result(out)
+
+        times = gpu.times_ms(encode, runs=20, warm_ups=3)
+        name = f"{pathlib.Path(file).stem.replace('-', ' ')}, {sizes[0] / 1e3:.0f} kB"
+        rows.append(Row(f"WebP of a picture: {name}", f"{width}x{height}", "quality 90", "ms", times))
+    print(as_table(rows), flush=True)
+    save(args.out, "table", rows=[dataclasses.asdict(row) for row in rows])
+
+
 # --- Keeping ---
 
 
@@ -543,6 +572,9 @@ def main() -> None:
     one.add_argument("--precision", default="fp8")
     one.add_argument("--pictures", type=int, default=16)
     one.add_argument("--sheet")
+    one = command("webp", webp)
+    one.add_argument("out")
+    one.add_argument("files", nargs="+")
     one = command("keep", keep)
     one.add_argument("files", nargs="+")
     one.add_argument("--peers", help="lines that diffusionz.bench.peers printed on the same machine, when it ran alone")

@@ -263,7 +263,7 @@ def test_rows_of_pictures(small_zimage: pathlib.Path) -> None:
     times = {row.work: row.ours for row in rows}
     assert list(times) == [
         "picture", "step", "VAE decode", "text encoder", "WebP, added to a picture alone",
-        "WebP, added to a picture of a batch",
+        "WebP, added to a further picture of a batch",
     ]  # fmt: skip
     shares = []
     for i in range(5):
