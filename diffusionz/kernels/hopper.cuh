@@ -1,11 +1,12 @@
 // Hopper's asynchronous pieces: warpgroup matrix products, the tensor memory accelerator, barriers in shared memory, clusters.
 //
-// Only what gemm_sm90.cu, attention_sm90.cu and conv2d.cu use; instructions of compute capability 9.0a. Reference: PTX ISA 8.0 and later, "Asynchronous Warpgroup
+// Only what gemm_sm90.cu, attention_sm90.cu, conv2d.cu and few_rows_linear.cu use; instructions of compute capability 9.0a. Reference: PTX ISA 8.0 and later, "Asynchronous Warpgroup
 // Level Matrix Instructions" and "Data Movement and Conversion Instructions: Tensor copy".
 #pragma once
 
 #include <cuda.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include <cstdint>
@@ -19,10 +20,11 @@ namespace diffusionz::kernels {
 template <class T, int N>
 struct Wgmma;
 
-#define DIFFUSIONZ_REGISTERS_40                                                                                        \
+#define DIFFUSIONZ_REGISTERS_32                                                                                        \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "                                                     \
     "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "                                           \
-    "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
+    "%28, %29, %30, %31"
+#define DIFFUSIONZ_REGISTERS_40 DIFFUSIONZ_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define DIFFUSIONZ_REGISTERS_48 DIFFUSIONZ_REGISTERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define DIFFUSIONZ_REGISTERS_64                                                                                        \
     DIFFUSIONZ_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -32,9 +34,9 @@ struct Wgmma;
 #define DIFFUSIONZ_REGISTERS_96 DIFFUSIONZ_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define DIFFUSIONZ_OPERANDS_8(i)                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define DIFFUSIONZ_OPERANDS_40                                                                                         \
-    DIFFUSIONZ_OPERANDS_8(0), DIFFUSIONZ_OPERANDS_8(8), DIFFUSIONZ_OPERANDS_8(16), DIFFUSIONZ_OPERANDS_8(24),          \
-        DIFFUSIONZ_OPERANDS_8(32)
+#define DIFFUSIONZ_OPERANDS_32                                                                                         \
+    DIFFUSIONZ_OPERANDS_8(0), DIFFUSIONZ_OPERANDS_8(8), DIFFUSIONZ_OPERANDS_8(16), DIFFUSIONZ_OPERANDS_8(24)
+#define DIFFUSIONZ_OPERANDS_40 DIFFUSIONZ_OPERANDS_32, DIFFUSIONZ_OPERANDS_8(32)
 #define DIFFUSIONZ_OPERANDS_48 DIFFUSIONZ_OPERANDS_40, DIFFUSIONZ_OPERANDS_8(40)
 #define DIFFUSIONZ_OPERANDS_64 DIFFUSIONZ_OPERANDS_48, DIFFUSIONZ_OPERANDS_8(48), DIFFUSIONZ_OPERANDS_8(56)
 #define DIFFUSIONZ_OPERANDS_80 DIFFUSIONZ_OPERANDS_64, DIFFUSIONZ_OPERANDS_8(64), DIFFUSIONZ_OPERANDS_8(72)
@@ -52,6 +54,8 @@ struct Wgmma;
                          : "l"(a_tile), "l"(b_tile), "r"(accumulate));                                                \
         }                                                                                                             \
     }
+DIFFUSIONZ_WGMMA(__half, 64, 32, "k16.f32.f16.f16", "%32", "%33", "%34", ", 0, 0");
+DIFFUSIONZ_WGMMA(__nv_bfloat16, 64, 32, "k16.f32.bf16.bf16", "%32", "%33", "%34", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 80, 40, "k16.f32.bf16.bf16", "%40", "%41", "%42", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 160, 80, "k16.f32.bf16.bf16", "%80", "%81", "%82", ", 0, 0");
 DIFFUSIONZ_WGMMA(__nv_bfloat16, 176, 88, "k16.f32.bf16.bf16", "%88", "%89", "%90", ", 0, 0");
@@ -77,6 +81,7 @@ __device__ __forceinline__ void wgmma_from_registers(float (&d)[64], const uint3
 #undef DIFFUSIONZ_OPERANDS_64
 #undef DIFFUSIONZ_OPERANDS_48
 #undef DIFFUSIONZ_OPERANDS_40
+#undef DIFFUSIONZ_OPERANDS_32
 #undef DIFFUSIONZ_OPERANDS_8
 #undef DIFFUSIONZ_REGISTERS_96
 #undef DIFFUSIONZ_REGISTERS_88
@@ -84,6 +89,7 @@ __device__ __forceinline__ void wgmma_from_registers(float (&d)[64], const uint3
 #undef DIFFUSIONZ_REGISTERS_64
 #undef DIFFUSIONZ_REGISTERS_48
 #undef DIFFUSIONZ_REGISTERS_40
+#undef DIFFUSIONZ_REGISTERS_32
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
@@ -245,8 +251,11 @@ template <int N>
 __device__ __forceinline__ void registers_down() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(N));
 }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+    cluster_arrive();
+    cluster_wait();
 }
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;

@@ -27,7 +27,7 @@ inline EncodeTensorMap tensor_map_encoder() {
     return encode;
 }
 
-// A bfloat16 tensor of up to 4 dimensions, the one without gaps first, `strides` of the others in numbers; read and written in
+// A tensor of 16-bit numbers of up to 4 dimensions, the one without gaps first, `strides` of the others in numbers; read and written in
 // boxes whose rows of 128 bytes lie in the 128-byte swizzle. What lies outside reads as zero. False when it cannot be described.
 inline bool describe(CUtensorMap* map, const void* data, std::initializer_list<int64_t> sizes,
                      std::initializer_list<int64_t> strides, std::initializer_list<int> box) {

@@ -1,6 +1,7 @@
 // torch.ops.diffusionz: the operations that a pass of Chronos-2 consists of.
 #include <torch/library.h>
 
+#include "ops/few_rows_linear.h"
 #include "ops/residual_norm.h"
 #include "ops/row_attention.h"
 #include "ops/segment_attention.h"
@@ -31,6 +32,22 @@ TORCH_LIBRARY_FRAGMENT(diffusionz, m) {
     m.def("residual_norm", [](at::Tensor x, const Optional& a, const Optional& b, bool keep, double eps, const at::Tensor& like) {
         return residual_norm(x, tensor_of(a), tensor_of(b), keep, eps, like.scalar_type());
     });
+    // Of a stream that is x: norm(x) W^T.
+    m.def("few_rows_product", [](const at::Tensor& x, const at::Tensor& weight, bool relu, double eps) {
+        return FewRows(x.clone(), eps, weight.scalar_type()).product(weight, relu);
+    });
+    // What a layer does to a stream that is x: the sum after each product, then norm(x) W^T of the last.
+    m.def("few_rows_layer", [](const at::Tensor& x, const at::Tensor& mixed, const at::Tensor& out, const at::Tensor& own,
+                               const at::Tensor& up, const at::Tensor& down, double eps) {
+        FewRows stream(x.clone(), eps, out.scalar_type());
+        stream.add(mixed, out);
+        const at::Tensor first = stream.numbers().clone();
+        stream.add_own(own);
+        const at::Tensor second = stream.numbers().clone();
+        stream.add(stream.product(up, true), down);
+        return std::vector<at::Tensor>{first, second, stream.numbers(), stream.product(up)};
+    });
+    m.def("takes_few_rows", [](const at::Tensor& weight) { return FewRows::takes(weight); });
     m.def("series_tokens", [](const at::Tensor& context, const at::Tensor& future, int64_t patch, bool register_token,
                               bool arcsinh, double time_encoding_scale, const at::Tensor& like) {
         const SeriesTokens tokens =

@@ -158,6 +158,82 @@ def test_residual_norm_of_rows_that_lie_apart_and_beyond_two_to_the_31(ops):
     assert torch.equal(norm(large)[-3:], norm(large[-3:].clone()))
 
 
+# --- Products of few rows ---------------------------------------------------------------------------------------------
+
+
+def few_rows_weight(ops, columns: int, depth: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    weight = (draw(columns, depth, seed=seed) / depth**0.5).to(dtype)
+    if not ops.takes_few_rows(weight):
+        pytest.skip("the kernel is Hopper's")
+    return weight
+
+
+def normed_product(x: Tensor, weight: Tensor, relu: bool = False) -> Tensor:
+    """The norm in x's precision, rounded to the weight's."""
+    y = functional.rms_norm(x, x.shape[1:], eps=EPS).to(weight.dtype) @ weight.T
+    return y.relu() if relu else y
+
+
+def stream_rows(rows: int, width: int) -> Tensor:
+    """Rows of all sizes, and one of nothing."""
+    x = draw(rows, width) * 10.0 ** torch.linspace(-4, 4, rows, device="cuda")[:, None]
+    x[rows // 3] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"),
+    [(50, 2304, 768), (50, 3072, 768), (1, 768, 768), (64, 768, 3072), (130, 576, 192), (7, 64, 64), (51, 128, 512)],
+)
+def test_few_rows_product(ops, rows, columns, depth, dtype, relu):
+    x, weight = stream_rows(rows, depth), few_rows_weight(ops, columns, depth, dtype)
+    poison(rows * columns * 2)
+    result = ops.few_rows_product(x, weight, relu, EPS)
+    assert_as_exact(result, normed_product(x, weight, relu), normed_product(x.double(), weight.double(), relu))
+    assert torch.equal(ops.few_rows_product(x[-1:], weight, relu, EPS)[0], result[-1])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("rows", "width", "inner", "hidden"),
+    [(50, 768, 768, 3072), (100, 768, 768, 3072), (3, 192, 192, 384), (9, 256, 64, 1024)],
+)
+def test_few_rows_layer(ops, rows, width, inner, hidden, dtype):
+    sizes = [(width, inner), (width, width), (hidden, width), (width, hidden)]
+    out, own, up, down = (few_rows_weight(ops, *size, dtype, seed=i) for i, size in enumerate(sizes))
+    x, mixed = stream_rows(rows, width), draw(rows, inner, dtype=dtype)
+
+    def layer(x: Tensor, mixed: Tensor, *weights: Tensor) -> list[Tensor]:
+        out, own, up, down = weights
+        first = x + mixed @ out.T
+        second = first + normed_product(first, own)
+        third = second + normed_product(second, up, relu=True) @ down.T
+        return [first, second, third, normed_product(third, up)]
+
+    run = lambda: ops.few_rows_layer(x, mixed, out, own, up, down, EPS)  # noqa: E731
+    poison(x.nbytes)
+    results = run()
+    truths = layer(*(part.double() for part in (x, mixed, out, own, up, down)))
+    for result, reference, truth in zip(results, layer(x, mixed, out, own, up, down), truths, strict=True):
+        size = truth.norm(dim=1, keepdim=True).clamp_min(1e-30)  # each row has its own, and an error of its own
+        ours, theirs = ((part.double() / size).to(part.dtype) for part in (result, reference))
+        assert_as_exact(ours, theirs, truth / size)
+    assert_repeats(run)
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        replayed = run()
+    graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(results, replayed, strict=True))
+
+
+def test_few_rows_products_carry_what_is_not_a_number(ops):
+    x, weight = draw(50, 768), few_rows_weight(ops, 768, 768, torch.float16)
+    x[7, 3], x[9, 0] = torch.nan, torch.inf
+    wrong = ops.few_rows_product(x, weight, False, EPS).isnan()
+    assert wrong[7].all() and wrong[9].all() and wrong.sum() == 2 * 768
+
+
 # --- From values to features, and from outputs to quantiles ---------------------------------------------------------
 
 

@@ -3,9 +3,13 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "core/error.h"
 #include "core/model_cache.h"
 #include "ops/disabled.h"
+#include "ops/few_rows_linear.h"
 #include "ops/residual_norm.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
@@ -14,6 +18,9 @@
 
 namespace diffusionz::chronos {
 namespace {
+
+// So many tokens of all rows make a pass that latency bounds: products, norms and sums are then fewer launches (ops/few_rows_linear.h).
+constexpr int64_t kFewTokens = 64;
 
 std::string layer_name(size_t layer, int sublayer) { return concat("encoder.block.", layer, ".layer.", sublayer, "."); }
 
@@ -237,6 +244,12 @@ at::Tensor last_tokens(const at::Tensor& x, int64_t rows, int64_t count) {
 
 }  // namespace
 
+bool Model::takes_few_rows(const Layer& layer) {
+    const at::Tensor* weights[] = {&layer.time_qkv, &layer.time.o.weight(), &layer.group_alone.weight(), &layer.wi.weight(),
+                                   &layer.wo.weight()};
+    return std::all_of(std::begin(weights), std::end(weights), [](const at::Tensor* weight) { return FewRows::takes(*weight); });
+}
+
 at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const {
     const int64_t inner = config_.inner();
     const auto norm = [&](const at::Tensor& x, const at::Tensor& a, const at::Tensor& b) {
@@ -244,6 +257,17 @@ at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t 
     };
     at::Tensor x = float_product(tokens.features, embed_residual_);
     add_product(x, relu_product(tokens.features, embed_hidden_, no_bias_), embed_output_);
+    if (x.size(0) <= kFewTokens && takes_few_rows(layers_.front())) {
+        FewRows stream(x, config_.norm_epsilon, placement_.dtype);
+        for (const Layer& layer : layers_) {
+            const auto parts = stream.product(layer.time_qkv).unflatten(0, {rows, -1}).chunk(3, 2);
+            const at::Tensor mixed = row_attention(parts[0], parts[1], parts[2], config_.heads, tokens.valid, cos_, sin_);
+            stream.add(mixed.flatten(0, 1), layer.time.o.weight());
+            stream.add_own(layer.group_alone.weight());
+            stream.add(stream.product(layer.wi.weight(), /*relu=*/true), layer.wo.weight());
+        }
+        return last_tokens(x, rows, output_patches).reshape({-1, config_.d_model});
+    }
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer& layer = layers_[i];
         const at::Tensor normed = norm(x, {}, {});
