@@ -9,8 +9,8 @@
 // A cluster of up to 8 blocks has 64 rows of 64 outputs and shares the depth. Each block asks for its part of W before it waits
 // for the kernel that writes x (with overlapped launches W comes while that one works), then for x, both by the tensor memory
 // accelerator in the 128-byte swizzle; the four warps of the block multiply (wgmma, sums in registers). Every block finishes a
-// share of the rows: the others write theirs into its shared memory (st.async), and it adds them up in their order. All that a
-// block holds, 112 KB at most, leaves room for a block of the next launch on the same multiprocessor.
+// share of the rows: the others copy theirs into its shared memory, and it adds them up in their order. All that a block holds,
+// 112 KB at most, leaves room for a block of the next launch on the same multiprocessor.
 //
 // Numbers: products exact, sums, factors and the stream in float32, one rounding to 16 bits. The order of sums depends on the
 // sizes of W alone and a row on nothing but itself, so the bytes are the same in every run and in any company. In 16 bits there
@@ -32,7 +32,7 @@ namespace {
 constexpr int kRows = 64, kColumns = static_cast<int>(kFewRowsColumns), kThreads = 128;
 constexpr int kRowBytes = 128, kBox = kRowBytes / 2;  // of the swizzle; columns of a box
 constexpr int kDepthMax = 384;                        // of one block
-constexpr int kPitch = kColumns + 8;                  // of the inbox, in floats: rows of a store fall on different banks
+constexpr int kPitch = kColumns + 8;                  // of sums, in floats: rows of a store fall on different banks
 constexpr int kWeightBytes = kColumns * kRowBytes;    // of a box
 
 // k, where 4^k is at most the row's mean square, and more than a quarter of it; what the norm takes for 0 has a place to grow
@@ -51,24 +51,25 @@ __device__ __forceinline__ uint32_t address_in(uint32_t own, uint32_t rank) {
     return there;
 }
 
-// Four floats into the shared memory of a block of the cluster, whose barrier there counts their bytes.
-__device__ __forceinline__ void store_async(uint32_t to, uint32_t barrier, const float4& x) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(to),
-                 "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+// Bytes of this block to another block of the cluster, whose barrier there counts them. What they were written with before: a
+// fence to the asynchronous proxy. They must stay until they have arrived.
+__device__ __forceinline__ void copy_to_block(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(to),
+                 "r"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 }
 
-// A row's sum of squares by kLanes neighbouring threads, in the same order whatever the row; 0 for none.
+// A row's mean square, by kLanes neighbouring threads; 0 for none.
 template <int kLanes>
 __device__ __forceinline__ float mean_square(const RowSquares& squares, int64_t row, bool there, float inverse_width) {
-    float parts[kRowSquaresMax / kLanes], sum = 0.0f;
+    constexpr int kEach = kRowSquaresPitch / kLanes;
+    const int first = threadIdx.x % kLanes * kEach;
+    float sum = 0.0f;
+    if (there && squares.data) {
+        const auto parts = load<float, kEach>(squares.data + row * kRowSquaresPitch, threadIdx.x % kLanes);
 #pragma unroll
-    for (int i = 0; i < kRowSquaresMax / kLanes; ++i) {
-        const int at = threadIdx.x % kLanes + i * kLanes;
-        parts[i] = there && at < squares.parts ? squares.data[row * squares.parts + at] : 0.0f;
+        for (int i = 0; i < kEach; ++i) sum += first + i < squares.parts ? parts.values[i] : 0.0f;
     }
-#pragma unroll
-    for (const float part : parts) sum += part;
     return warp_combine<kLanes>(sum, Sum()) * inverse_width;
 }
 
@@ -82,6 +83,7 @@ struct Places {
     __host__ __device__ Places(int boxes, int box_rows, int own_rows) {
         rows = boxes * kWeightBytes;
         inbox = rows + boxes * box_rows * kRowBytes;
+        if (inbox < kRows * kPitch * 4) inbox = kRows * kPitch * 4;  // own sums take the factors' place
         factors = inbox + kRows * kPitch * 4;
         barriers = factors + 2 * own_rows * 4;
         bytes = barriers + 3 * 8;
@@ -94,11 +96,11 @@ __global__ void __launch_bounds__(kThreads)
                     const int boxes, const int box_rows) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t shared[];
-    constexpr int kOwn = kRows / kParts;  // rows that a block finishes
+    constexpr int kOwn = kRows / kParts, kShareBytes = kOwn * kPitch * 4;  // rows that a block finishes
     const Places places(boxes, box_rows, kOwn);
     uint8_t* memory = shared + (1024 - shared_address(shared) % 1024) % 1024;
     const uint32_t base = shared_address(memory), weights = base, rows = base + places.rows;
-    float* inbox = reinterpret_cast<float*>(memory + places.inbox);
+    float *sums = reinterpret_cast<float*>(memory), *inbox = reinterpret_cast<float*>(memory + places.inbox);
     float *factors = reinterpret_cast<float*>(memory + places.factors), *powers = factors + kOwn;
     const uint32_t full_w = base + places.barriers, full_x = full_w + 8, full_inbox = full_w + 16;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -112,8 +114,7 @@ __global__ void __launch_bounds__(kThreads)
         barrier_expect(full_w, boxes * kWeightBytes);
         for (int i = 0; i < boxes; ++i)
             tma_load<false>(weights + i * kWeightBytes, &map_w, full_w, first_depth + i * kBox, first_column);
-        const int64_t own = min(max(p.rows - first_own, int64_t{0}), int64_t{kOwn});
-        barrier_expect(full_inbox, kParts == 1 ? 0 : static_cast<uint32_t>(own) * kColumns * 4 * kParts);
+        barrier_expect(full_inbox, first_own < p.rows ? (kParts - 1) * kShareBytes : 0);
     }
     cluster_arrive();
     wait_for_the_kernel_before();
@@ -164,25 +165,22 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) pin(sum[i]);
 
-    // Neighbouring lanes hold pairs of columns of the same two rows, eight apart: each keeps one row, of four columns.
-    const bool lower = lane % 2 != 0;
-    const int row = warp * 16 + (lower ? 8 : 0) + lane / 4, owner = row / kOwn;
-    const int place = (part * kOwn + row % kOwn) * kPitch + lane % 4 / 2 * 4;
-    const uint32_t to = address_in(shared_address(inbox + place), owner), barrier = address_in(full_inbox, owner);
-    cluster_wait();  // all blocks' barriers are there
+    __syncthreads();  // all have read W and x
 #pragma unroll
-    for (int i = 0; i < kColumns / 8; ++i) {
-        const float *high = &sum[4 * i], *low = &sum[4 * i + 2];
-        const float a = __shfl_xor_sync(~0u, lower ? high[0] : low[0], 1), b = __shfl_xor_sync(~0u, lower ? high[1] : low[1], 1);
-        if (first_row + row >= p.rows) continue;
-        const float4 numbers = lower ? float4{a, b, low[0], low[1]} : float4{high[0], high[1], a, b};
-        if constexpr (kParts == 1)  // no cluster
-            *reinterpret_cast<float4*>(&inbox[place + i * 8]) = numbers;
-        else
-            store_async(to + i * 32, barrier, numbers);
+    for (int half = 0; half < 2; ++half) {
+        float* to = &sums[(warp * 16 + half * 8 + lane / 4) * kPitch + lane % 4 * 2];
+#pragma unroll
+        for (int i = 0; i < kColumns / 8; ++i)
+            *reinterpret_cast<float2*>(to + i * 8) = {sum[4 * i + half * 2], sum[4 * i + half * 2 + 1]};
     }
-    __syncthreads();  // factors, and the inbox where there is no cluster
+    async_proxy_fence();
+    cluster_wait();  // all blocks' barriers are there
+    __syncthreads();
+    if (thread < kParts && thread != part && first_row + thread * kOwn < p.rows)
+        copy_to_block(address_in(base + places.inbox + part * kShareBytes, thread), base + thread * kShareBytes, kShareBytes,
+                      address_in(full_inbox, thread));
     barrier_wait(full_inbox, 0);
+    cluster_arrive();
 
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -192,7 +190,8 @@ __global__ void __launch_bounds__(kThreads)
         if (there) {
 #pragma unroll
             for (int from = 0; from < kParts; ++from) {
-                const float4 some = *reinterpret_cast<const float4*>(&inbox[(from * kOwn + own) * kPitch + column]);
+                const float* share = from == part ? sums : inbox;
+                const float4 some = *reinterpret_cast<const float4*>(&share[(from * kOwn + own) * kPitch + column]);
                 total = {total.x + some.x, total.y + some.y, total.z + some.z, total.w + some.w};
             }
             const float factor = factors[own];
@@ -205,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
                 warp_combine<kVectors>(total.x * total.x + total.y * total.y + total.z * total.z + total.w * total.w, Sum());
             if (there) {
                 *reinterpret_cast<float4*>(p.sum + at) = total;
-                if (column == 0) p.sum_squares[(first_own + own) * (p.columns / kColumns) + tile] = square;
+                if (column == 0) p.sum_squares[(first_own + own) * kRowSquaresPitch + tile] = square;
                 const float power = powers[own];
                 total = {total.x * power, total.y * power, total.z * power, total.w * power};
             }
@@ -214,6 +213,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (there) *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + at) = {pack<T>(total.x, total.y), pack<T>(total.z, total.w)};
     }
+    cluster_wait();  // others have what this block sent them
 #endif
 }
 
@@ -272,18 +272,16 @@ __global__ void scale_kernel(ScaledRows p) {
     for (int64_t i = threadIdx.x; i < p.width; i += 32) sum += x[i] * x[i];
     sum = warp_combine(sum, Sum());
     const float power = power_of_two(-half_exponent(sum / static_cast<float>(p.width), p.epsilon));
-    if (threadIdx.x == 0) p.squares[row] = sum;
+    if (threadIdx.x == 0) p.squares[row * kRowSquaresPitch] = sum;
     for (int64_t i = threadIdx.x; i < p.width; i += 32) static_cast<T*>(p.y)[row * p.width + i] = from_float<T>(x[i] * power);
 }
 
 }  // namespace
 
-int few_rows_linear_parts(int64_t columns, int64_t depth, int compute_capability, int multiprocessors) {
+int few_rows_linear_parts(int64_t columns, int64_t depth, int compute_capability) {
     if (compute_capability != 90 || columns % kColumns != 0) return 0;
-    // As many blocks as have a multiprocessor each.
-    for (const int parts : {8, 4, 2, 1}) {
-        if (depth % (parts * kBox) == 0 && depth / parts <= kDepthMax && columns / kColumns * parts <= multiprocessors)
-            return parts;
+    for (const int parts : {1, 2, 4, 8}) {
+        if (depth % (parts * kBox) == 0 && depth / parts <= kDepthMax) return parts;
     }
     return 0;
 }

@@ -20,7 +20,7 @@ namespace diffusionz::chronos {
 namespace {
 
 // So many tokens of all rows make a pass that latency bounds: products, norms and sums are then fewer launches (ops/few_rows_linear.h).
-constexpr int64_t kFewTokens = 64;
+constexpr int64_t kFewTokens = 128;
 
 std::string layer_name(size_t layer, int sublayer) { return concat("encoder.block.", layer, ".layer.", sublayer, "."); }
 
@@ -244,7 +244,8 @@ at::Tensor last_tokens(const at::Tensor& x, int64_t rows, int64_t count) {
 
 }  // namespace
 
-bool Model::takes_few_rows(const Layer& layer) {
+bool Model::takes_few_rows(const Layer& layer) const {
+    if (config_.d_model > FewRows::kWidthMax) return false;
     const at::Tensor* weights[] = {&layer.time_qkv, &layer.time.o.weight(), &layer.group_alone.weight(), &layer.wi.weight(),
                                    &layer.wo.weight()};
     return std::all_of(std::begin(weights), std::end(weights), [](const at::Tensor* weight) { return FewRows::takes(*weight); });
@@ -256,9 +257,10 @@ at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t 
         return residual_norm(x, a, b, /*keep=*/b.defined(), config_.norm_epsilon, placement_.dtype);
     };
     at::Tensor x = float_product(tokens.features, embed_residual_);
-    add_product(x, relu_product(tokens.features, embed_hidden_, no_bias_), embed_output_);
+    const at::Tensor embedded = relu_product(tokens.features, embed_hidden_, no_bias_);
     if (x.size(0) <= kFewTokens && takes_few_rows(layers_.front())) {
         FewRows stream(x, config_.norm_epsilon, placement_.dtype);
+        stream.add(embedded, embed_output_);
         for (const Layer& layer : layers_) {
             const auto parts = stream.product(layer.time_qkv).unflatten(0, {rows, -1}).chunk(3, 2);
             const at::Tensor mixed = row_attention(parts[0], parts[1], parts[2], config_.heads, tokens.valid, cos_, sin_);
@@ -266,8 +268,9 @@ at::Tensor Model::encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t 
             stream.add_own(layer.group_alone.weight());
             stream.add(stream.product(layer.wi.weight(), /*relu=*/true), layer.wo.weight());
         }
-        return last_tokens(x, rows, output_patches).reshape({-1, config_.d_model});
+        return last_tokens(stream.numbers(), rows, output_patches).reshape({-1, config_.d_model});
     }
+    add_product(x, embedded, embed_output_);
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer& layer = layers_[i];
         const at::Tensor normed = norm(x, {}, {});

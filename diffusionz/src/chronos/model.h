@@ -85,7 +85,7 @@ private:
     // The whole of group attention, packed when a group of several rows first comes.
     const std::vector<Attention>& group_attention() const;
     // Whether all of a layer's products can be those of FewRows.
-    static bool takes_few_rows(const Layer& layer);
+    bool takes_few_rows(const Layer& layer) const;
     // Hidden states of the outputs, before the final norm: [rows * output_patches, d_model].
     at::Tensor encode_rows(const SeriesTokens& tokens, int64_t rows, int64_t output_patches) const;
     // x += attention over each group's rows.

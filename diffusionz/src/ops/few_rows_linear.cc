@@ -15,6 +15,8 @@ namespace {
 
 #ifdef DIFFUSIONZ_WITH_CUDA
 
+static_assert(FewRows::kWidthMax == kernels::kRowSquaresPitch * kernels::kFewRowsColumns);
+
 // In how many parts the depth of such a product is shared; 0 where no kernel takes it.
 int parts_of(const at::Tensor& weight) {
     const auto attribute = [&](cudaDeviceAttr name) {
@@ -24,11 +26,11 @@ int parts_of(const at::Tensor& weight) {
     };
     if (!weight.is_cuda() || (weight.scalar_type() != at::kHalf && weight.scalar_type() != at::kBFloat16)) return 0;
     const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-    return kernels::few_rows_linear_parts(weight.size(0), weight.size(1), capability, attribute(cudaDevAttrMultiProcessorCount));
+    return kernels::few_rows_linear_parts(weight.size(0), weight.size(1), capability);
 }
 
-kernels::RowSquares row_squares(const at::Tensor& squares) {
-    return {squares.const_data_ptr<float>(), static_cast<int32_t>(squares.size(1))};
+at::Tensor empty_squares(const at::Tensor& stream) {
+    return at::empty({stream.size(0), kernels::kRowSquaresPitch}, stream.options());
 }
 
 #endif
@@ -52,25 +54,28 @@ FewRows::FewRows(at::Tensor x, double eps, at::ScalarType dtype)
 #ifdef DIFFUSIONZ_WITH_CUDA
     if (!kernel_) return;
     scaled_ = at::empty(numbers_.sizes(), numbers_.options().dtype(dtype));
-    squares_ = scale_squares_ = at::empty({numbers_.size(0), 1}, numbers_.options());
+    squares_ = scale_squares_ = {empty_squares(numbers_), 1};
     kernels::ScaledRows p{};
     p.type = kernel_type(dtype);
     p.x = numbers_.const_data_ptr<float>();
     p.rows = numbers_.size(0), p.width = numbers_.size(1);
     p.epsilon = static_cast<float>(eps);
-    p.squares = squares_.mutable_data_ptr<float>();
+    p.squares = squares_.numbers.mutable_data_ptr<float>();
     p.y = scaled_.mutable_data_ptr();
     check_launch("few_rows_linear", kernels::scale_rows(p, current_stream(numbers_)));
 #endif
 }
 
 void FewRows::run([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const at::Tensor& weight, [[maybe_unused]] bool normed,
-                  [[maybe_unused]] bool relu, [[maybe_unused]] at::Tensor* sum_squares, [[maybe_unused]] at::Tensor& y) const {
+                  [[maybe_unused]] bool relu, [[maybe_unused]] Squares* sum_squares, [[maybe_unused]] at::Tensor& y) const {
 #ifdef DIFFUSIONZ_WITH_CUDA
     kernels::FewRowsLinear p{};
     p.type = kernel_type(dtype_);
     p.x = x.const_data_ptr(), p.weight = weight.const_data_ptr();
     p.rows = x.size(0), p.columns = weight.size(0), p.depth = weight.size(1);
+    const auto row_squares = [](const Squares& squares) {
+        return kernels::RowSquares{squares.numbers.const_data_ptr<float>(), squares.parts};
+    };
     p.squares = row_squares(squares_);
     if (normed) p.scale_squares = row_squares(scale_squares_);
     p.inverse_width = 1.0f / static_cast<float>(numbers_.size(1));
@@ -78,7 +83,8 @@ void FewRows::run([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const a
     p.relu = relu;
     if (sum_squares) {
         p.sum = numbers_.mutable_data_ptr<float>();
-        p.sum_squares = sum_squares->mutable_data_ptr<float>();
+        *sum_squares = {empty_squares(numbers_), static_cast<int32_t>(p.columns / kernels::kFewRowsColumns)};
+        p.sum_squares = sum_squares->numbers.mutable_data_ptr<float>();
     }
     p.y = y.mutable_data_ptr();
     check_launch("few_rows_linear", kernels::few_rows_linear(p, parts_of(weight), current_stream(x)));
@@ -97,13 +103,11 @@ at::Tensor FewRows::product(const at::Tensor& weight, bool relu) const {
 
 void FewRows::add_own(const at::Tensor& weight) {
     if (!kernel_) return add(normed(numbers_, eps_, dtype_), weight);
-#ifdef DIFFUSIONZ_WITH_CUDA
-    at::Tensor squares = at::empty({numbers_.size(0), weight.size(0) / kernels::kFewRowsColumns}, numbers_.options());
+    Squares squares;
     at::Tensor scaled = at::empty_like(scaled_);  // others still read the stream that it was
     run(scaled_, weight, /*normed=*/true, /*relu=*/false, &squares, scaled);
     scaled_ = scaled;
     scale_squares_ = squares_, squares_ = squares;
-#endif
 }
 
 void FewRows::add(const at::Tensor& x, const at::Tensor& weight) {
@@ -111,11 +115,9 @@ void FewRows::add(const at::Tensor& x, const at::Tensor& weight) {
         numbers_.add_(at::mm(x.to(at::kFloat), weight.to(at::kFloat).t()));
         return;
     }
-#ifdef DIFFUSIONZ_WITH_CUDA
-    at::Tensor squares = at::empty({numbers_.size(0), weight.size(0) / kernels::kFewRowsColumns}, numbers_.options());
+    Squares squares;
     run(x, weight, /*normed=*/false, /*relu=*/false, &squares, scaled_);
     scale_squares_ = squares_, squares_ = squares;
-#endif
 }
 
 }  // namespace diffusionz

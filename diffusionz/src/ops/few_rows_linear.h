@@ -7,6 +7,7 @@ namespace diffusionz {
 
 class FewRows {
 public:
+    static constexpr int64_t kWidthMax = 1024;  // of a stream
     // Whether products with such weights have a kernel: on Hopper, in 16 bits, sizes as in kernels/few_rows_linear.h.
     static bool takes(const at::Tensor& weight);
 
@@ -24,12 +25,19 @@ public:
     const at::Tensor& numbers() const { return numbers_; }
 
 private:
-    void run(const at::Tensor& x, const at::Tensor& weight, bool normed, bool relu, at::Tensor* sum_squares, at::Tensor& y) const;
+    // Sums of squares of rows, as kernels::RowSquares.
+    struct Squares {
+        at::Tensor numbers;
+        int32_t parts = 0;
+    };
+    // By the kernel; with `sum_squares` into the stream, whose new squares it gives.
+    void run(const at::Tensor& x, const at::Tensor& weight, bool normed, bool relu, Squares* sum_squares, at::Tensor& y) const;
 
     at::Tensor numbers_;
-    // The stream times a power of two a row in dtype, which follows from scale_squares_; sums of squares of the stream's rows, as
-    // kernels::RowSquares. Without a kernel (the reference) undefined.
-    at::Tensor scaled_, squares_, scale_squares_;
+    // The stream times a power of two a row, in dtype, and the squares of the stream, and of the one from which those powers
+    // follow. The reference has none.
+    at::Tensor scaled_;
+    Squares squares_, scale_squares_;
     double eps_;
     at::ScalarType dtype_;
     bool kernel_;
