@@ -14,7 +14,7 @@ from tests.bench import record
 INK, OURS, PEER, GOAL = "#768390", "#2f81f7", "#db8b0b", "#3fb950"
 SHOWN = [  # work, size, precisions, label
     ("picture", "1024x1024", ("bfloat16", "fp8"), "picture 1024², 8 steps"),
-    ("picture of a known prompt", "512x512", ("bfloat16", "fp8"), "picture 512², a known prompt"),
+    ("picture", "512x512", ("bfloat16", "fp8"), "picture 512², 8 steps"),
     ("step", "1024x1024", ("bfloat16", "fp8"), "transformer step 1024²"),
     ("step", "512x512", ("bfloat16", "fp8"), "transformer step 512²"),
     ("VAE decode", "1024x1024", ("bfloat16",), "VAE decode 1024²"),
