@@ -15,7 +15,9 @@ Value = TypeVar("Value")
 POLL_SECONDS = 0.05
 
 # Threads are kept between calls: LibTorch's own threads and caches belong to the thread that made them, and making them
-# anew costs several milliseconds. These are the inboxes of those that wait, the latest last.
+# anew costs several milliseconds. That is why a server's threads do not make their calls themselves, either: each would
+# have OpenMP threads of its own, and libgomp lets all sleep at once where they are more than the cores. A forecast of
+# the demo over HTTP then took 3.9 ms on two cores, not 1.5. These are the inboxes of those that wait, the latest last.
 _idle: list[SimpleQueue[Callable[[], None]]] = []
 _running: set[threading.Event] = set()
 

@@ -126,6 +126,7 @@ def run_claims(claims: dict, description: str, program: str, argv: list[str] | N
     parser.add_argument(
         "--model", default="demo", help="a folder or a bundled model's name, for the claims that take one"
     )
+    parser.add_argument("--precision", default="auto", help="of the forecaster that a server has, for its claims")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument("--repeats", type=int, help="rounds of a claim; default: enough for its spread")
     parser.add_argument("--quick", action="store_true", help="tiny random models, one repeat")

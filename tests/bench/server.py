@@ -14,7 +14,8 @@ overload  ten times as many clients as the queue takes, for two minutes: what is
           it takes, and the process's memory before and after
 
 In `http` the server has the first core, and the clients always have the last: with one core alone nothing is measured.
---model is a forecaster for `overhead` and `batching`, with longer series than the demo's; --threads means nothing here.
+--model is a forecaster for `overhead` and `batching`, with longer series than the demo's; --precision is its. --threads
+means nothing here.
 """
 
 from __future__ import annotations
@@ -320,10 +321,13 @@ def history(length: int) -> list[float]:
 
 def forecaster(bench: Bench) -> tuple[list[str], list[float], str]:
     """(what the server is told of the model, a series for it, how the work is called)."""
-    model = bench.args.model
+    model, precision = bench.args.model, bench.args.precision
+    arguments = ["--forecast-precision", precision]
+    said = "" if precision == "auto" else f", {precision}"
     if model == "demo":
-        return [], history(SERIES), f"{SERIES} → 16, demo"
-    return ["--chronos2", f"bench={model}"], history(LONG_SERIES), f"{LONG_SERIES} → 16, {pathlib.Path(model).name}"
+        return arguments, history(SERIES), f"{SERIES} → 16, demo{said}"
+    name = pathlib.Path(model).name
+    return [*arguments, "--chronos2", f"bench={model}"], history(LONG_SERIES), f"{LONG_SERIES} → 16, {name}{said}"
 
 
 def overhead(bench: Bench) -> None:
@@ -348,7 +352,7 @@ def overhead(bench: Bench) -> None:
     # The engine in a process of its own, as the server has it, but for the way there.
     code = (
         "import json, sys, time, numpy; from diffusionz import Chronos2; "
-        f"model = Chronos2({bench.args.model!r})\n"
+        f"model = Chronos2({bench.args.model!r}, precision={bench.args.precision!r})\n"
         f"series = numpy.array({series}, numpy.float32); times = []\n"
         f"for i in range({count + 20}):\n"
         "    began = time.perf_counter(); made = model.forecast(series, 16, [0.1, 0.5, 0.9]); made.quantiles.tolist()\n"

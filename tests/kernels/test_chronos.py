@@ -200,7 +200,7 @@ def test_few_rows_product(ops, rows, columns, depth, dtype, relu):
     ("rows", "width", "inner", "hidden"),
     [(50, 768, 768, 3072), (100, 768, 768, 3072), (3, 192, 192, 384), (9, 256, 64, 1024)],
 )
-def test_few_rows_layer(ops, rows, width, inner, hidden, dtype):
+def test_few_rows_layer(ops, monkeypatch, rows, width, inner, hidden, dtype):
     sizes = [(width, inner), (width, width), (hidden, width), (width, hidden)]
     out, own, up, down = (few_rows_weight(ops, *size, dtype, seed=i) for i, size in enumerate(sizes))
     x, mixed = stream_rows(rows, width), draw(rows, inner, dtype=dtype)
@@ -213,18 +213,25 @@ def test_few_rows_layer(ops, rows, width, inner, hidden, dtype):
         return [first, second, third, normed_product(third, up)]
 
     run = lambda: ops.few_rows_layer(x, mixed, out, own, up, down, EPS)  # noqa: E731
+    references = layer(x, mixed, out, own, up, down)
+    truths = layer(*(part.double() for part in (x, mixed, out, own, up, down)))
+
+    def check(results: list[Tensor]) -> None:
+        for result, reference, truth in zip(results, references, truths, strict=True):
+            size = truth.norm(dim=1, keepdim=True).clamp_min(1e-30)  # each row has its own, and an error of its own
+            ours, theirs = ((part.double() / size).to(part.dtype) for part in (result, reference))
+            assert_as_exact(ours, theirs, truth / size)
+
     poison(x.nbytes)
     results = run()
-    truths = layer(*(part.double() for part in (x, mixed, out, own, up, down)))
-    for result, reference, truth in zip(results, layer(x, mixed, out, own, up, down), truths, strict=True):
-        size = truth.norm(dim=1, keepdim=True).clamp_min(1e-30)  # each row has its own, and an error of its own
-        ours, theirs = ((part.double() / size).to(part.dtype) for part in (result, reference))
-        assert_as_exact(ours, theirs, truth / size)
+    check(results)
     assert_repeats(run)
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         replayed = run()
     graph.replay()
     assert all(torch.equal(one, other) for one, other in zip(results, replayed, strict=True))
+    monkeypatch.setenv("DIFFUSIONZ_DISABLE_KERNELS", "few_rows_linear")
+    check(run())
 
 
 def test_few_rows_products_carry_what_is_not_a_number(ops):
