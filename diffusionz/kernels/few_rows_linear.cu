@@ -77,7 +77,7 @@ __device__ __forceinline__ float mean_square(const RowSquares& squares, int64_t 
 
 // What a block holds in shared memory, from a multiple of 1024 on.
 struct Places {
-    int weights = 0, rows, inbox, factors, barriers, bytes;
+    int rows, inbox, factors, barriers, bytes;  // W stands first
 
     // Of `boxes` boxes of the depth. x has `box_rows` rows in a box; the product reads 64, whatever stands behind them.
     __host__ __device__ Places(int boxes, int box_rows, int own_rows) {
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 
     // While x comes: what the end needs. A thread finishes four columns of one or several rows.
-    constexpr int kItems = kOwn * kColumns / 4, kEach = (kItems + kThreads - 1) / kThreads, kVectors = kColumns / 4;
+    constexpr int kVectors = kColumns / 4, kEach = kOwn * kVectors / kThreads;
+    static_assert(kOwn * kVectors % kThreads == 0);
     const auto own_row = [&](int i) { return (thread + i * kThreads) / kVectors; };
     const int column = thread % kVectors * 4;
     float4 before[kEach] = {};
@@ -133,8 +134,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int64_t row = first_own + own_row(i);
-            if (own_row(i) < kOwn && row < p.rows)
-                before[i] = *reinterpret_cast<const float4*>(p.sum + row * p.columns + first_column + column);
+            if (row < p.rows) before[i] = *reinterpret_cast<const float4*>(p.sum + row * p.columns + first_column + column);
         }
     }
     constexpr int kLanes = kThreads / kOwn;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
         const int own = own_row(i);
-        const bool there = own < kOwn && first_own + own < p.rows;
+        const bool there = first_own + own < p.rows;
         float4 total = {};
         if (there) {
 #pragma unroll
@@ -229,20 +229,9 @@ cudaError_t run(const FewRowsLinear& p, cudaStream_t stream) {
     const cudaError_t error =
         cudaFuncSetAttribute(few_rows_kernel<T, kParts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytesMax);
     if (error != cudaSuccess) return error;
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {kParts, 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim =
-        dim3(static_cast<unsigned>(p.columns / kColumns * kParts), static_cast<unsigned>((p.rows + kRows - 1) / kRows));
-    config.blockDim = kThreads;
-    config.dynamicSmemBytes = 1024 + Places(boxes, box_rows, kRows / kParts).bytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, few_rows_kernel<T, kParts>, w, x, p, boxes, box_rows);
+    const dim3 blocks(static_cast<unsigned>(p.columns / kColumns * kParts), static_cast<unsigned>((p.rows + kRows - 1) / kRows));
+    const size_t bytes = 1024 + Places(boxes, box_rows, kRows / kParts).bytes;
+    return launch_clusters(kParts, few_rows_kernel<T, kParts>, blocks, kThreads, bytes, stream, w, x, p, boxes, box_rows);
 }
 
 template <class T>

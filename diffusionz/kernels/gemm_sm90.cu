@@ -280,21 +280,8 @@ cudaError_t launch(const Gemm& gemm, int multiprocessors, cudaStream_t stream) {
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
     if (error != cudaSuccess) return error;
-
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {kCluster, 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = multiprocessors / kCluster * kCluster;
-    config.blockDim = C::kThreads;
-    config.dynamicSmemBytes = C::kSharedBytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = 2;
-    error = cudaLaunchKernelEx(&config, gemm_kernel<C>, w, x, y, sizes);
-    return error != cudaSuccess ? error : cudaGetLastError();
+    return launch_clusters(kCluster, gemm_kernel<C>, multiprocessors / kCluster * kCluster, C::kThreads, C::kSharedBytes, stream, w, x, y,
+                           sizes);
 }
 
 struct Tile {

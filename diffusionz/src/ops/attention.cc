@@ -33,16 +33,6 @@ constexpr int64_t kCudnnHeadDimMax = 128, kFlashHeadDimMax = 256;
 // cuDNN has no causal kernel for single queries.
 constexpr int64_t kCudnnTokensMin = 16;
 
-int attribute(const at::Tensor& x, cudaDeviceAttr name) {
-    int value = 0;
-    check_launch("attention", cudaDeviceGetAttribute(&value, name, x.device().index()));
-    return value;
-}
-
-int compute_capability(const at::Tensor& x) {
-    return 10 * attribute(x, cudaDevAttrComputeCapabilityMajor) + attribute(x, cudaDevAttrComputeCapabilityMinor);
-}
-
 bool has_cudnn_attention(const at::Tensor& x) {
     const int major = compute_capability(x) / 10;
     return major == 9 || major == 10;
@@ -79,7 +69,7 @@ bool attention_sm90_pays(const at::Tensor& q) {
     constexpr int64_t kTile = 192, kTokensMin = 1024;
     constexpr double kUsedMin = 0.6;
     if (kernel_disabled("attention_sm90") || q.size(1) < kTokensMin) return false;
-    const int64_t processors = attribute(q, cudaDevAttrMultiProcessorCount), of_tiles = q.size(0) * q.size(2);
+    const int64_t processors = device_attribute(q, cudaDevAttrMultiProcessorCount), of_tiles = q.size(0) * q.size(2);
     const int64_t tiles = of_tiles * ((q.size(1) + kTile - 1) / kTile), waves = (tiles + processors - 1) / processors;
     return static_cast<double>(of_tiles * q.size(1)) > kUsedMin * static_cast<double>(waves * processors * kTile);
 }
@@ -129,7 +119,7 @@ at::Tensor attention_sm90([[maybe_unused]] const at::Tensor& q, [[maybe_unused]]
     call.batch = q.size(0), call.queries = q.size(1), call.keys = k.size(1), call.heads = q.size(2), call.kv_heads = k.size(2);
     call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(kWidth)));
     if (launched("attention_sm90",
-                 kernels::attention_sm90(call, attribute(q, cudaDevAttrMultiProcessorCount), current_stream(q))))
+                 kernels::attention_sm90(call, device_attribute(q, cudaDevAttrMultiProcessorCount), current_stream(q))))
         return y;
 #endif
     return {};

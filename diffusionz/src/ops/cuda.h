@@ -69,6 +69,19 @@ inline std::optional<at::Tensor> as_batched_rows(const at::Tensor& x) {
 // The stream that work on x's device goes to.
 inline cudaStream_t current_stream(const at::Tensor& x) { return c10::cuda::getCurrentCUDAStream(x.device().index()).stream(); }
 
+// What x's device is, as CUDA counts it.
+inline int device_attribute(const at::Tensor& x, cudaDeviceAttr name) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, name, x.device().index());
+    if (error != cudaSuccess) fail(DIFFUSIONZ_E_DEVICE, "CUDA: ", cudaGetErrorString(error));
+    return value;
+}
+
+// 10 major + minor.
+inline int compute_capability(const at::Tensor& x) {
+    return 10 * device_attribute(x, cudaDevAttrComputeCapabilityMajor) + device_attribute(x, cudaDevAttrComputeCapabilityMinor);
+}
+
 // Fails with E_DEVICE when a launch was refused.
 inline void check_launch(const char* kernel, cudaError_t error) {
     if (error != cudaSuccess) fail(DIFFUSIONZ_E_DEVICE, "kernel ", kernel, ": ", cudaGetErrorString(error));

@@ -1,9 +1,9 @@
 #include "ops/few_rows_linear.h"
 
 #include <ATen/Functions.h>
-#include <ATen/TensorOperators.h>
 
 #include "ops/disabled.h"
+#include "ops/residual_norm.h"
 
 #ifdef DIFFUSIONZ_WITH_CUDA
 #include "kernels/few_rows_linear.h"
@@ -19,14 +19,8 @@ static_assert(FewRows::kWidthMax == kernels::kRowSquaresPitch * kernels::kFewRow
 
 // In how many parts the depth of such a product is shared; 0 where no kernel takes it.
 int parts_of(const at::Tensor& weight) {
-    const auto attribute = [&](cudaDeviceAttr name) {
-        int value = 0;
-        check_launch("few_rows_linear", cudaDeviceGetAttribute(&value, name, weight.device().index()));
-        return value;
-    };
     if (!weight.is_cuda() || (weight.scalar_type() != at::kHalf && weight.scalar_type() != at::kBFloat16)) return 0;
-    const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-    return kernels::few_rows_linear_parts(weight.size(0), weight.size(1), capability);
+    return kernels::few_rows_linear_parts(weight.size(0), weight.size(1), compute_capability(weight));
 }
 
 at::Tensor empty_squares(const at::Tensor& stream) {
@@ -34,10 +28,6 @@ at::Tensor empty_squares(const at::Tensor& stream) {
 }
 
 #endif
-
-at::Tensor normed(const at::Tensor& x, double eps, at::ScalarType dtype) {
-    return (x * at::rsqrt(x.square().mean(-1, /*keepdim=*/true).add_(eps))).to(dtype);
-}
 
 }  // namespace
 
@@ -93,7 +83,7 @@ void FewRows::run([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] const a
 
 at::Tensor FewRows::product(const at::Tensor& weight, bool relu) const {
     if (!kernel_) {
-        const at::Tensor y = at::mm(normed(numbers_, eps_, dtype_), weight.t());
+        const at::Tensor y = at::mm(residual_norm(numbers_, {}, {}, /*keep=*/false, eps_, dtype_), weight.t());
         return relu ? y.relu() : y;
     }
     at::Tensor y = at::empty({numbers_.size(0), weight.size(0)}, scaled_.options());
@@ -102,7 +92,7 @@ at::Tensor FewRows::product(const at::Tensor& weight, bool relu) const {
 }
 
 void FewRows::add_own(const at::Tensor& weight) {
-    if (!kernel_) return add(normed(numbers_, eps_, dtype_), weight);
+    if (!kernel_) return add(residual_norm(numbers_, {}, {}, /*keep=*/false, eps_, dtype_), weight);
     Squares squares;
     at::Tensor scaled = at::empty_like(scaled_);  // others still read the stream that it was
     run(scaled_, weight, /*normed=*/true, /*relu=*/false, &squares, scaled);

@@ -39,13 +39,8 @@ Linear::Linear(at::Tensor weight, at::Tensor bias, Products products)
       out_features_(weight_.size(0)) {
 #ifdef DIFFUSIONZ_WITH_CUDA
     if (weight_.is_cuda()) {
-        const auto attribute = [&](cudaDeviceAttr name) {
-            int value = 0;
-            check_launch("linear", cudaDeviceGetAttribute(&value, name, weight_.device().index()));
-            return value;
-        };
-        compute_capability_ = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-        multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+        compute_capability_ = compute_capability(weight_);
+        multiprocessors_ = device_attribute(weight_, cudaDevAttrMultiProcessorCount);
     }
 #endif
     if (products == Products::fp8) {
