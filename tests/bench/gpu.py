@@ -450,24 +450,16 @@ def quality(args: argparse.Namespace) -> None:
 
 def webp(args: argparse.Namespace) -> None:
     """A picture's encoding, apart from its drawing: how long it takes depends on what there is to see."""
-    from diffusionz._ffi import check, ffi, lib
     from diffusionz.bench import gpu
     from diffusionz.bench.table import Row, as_table
-    from diffusionz.image import to_rgb
+    from diffusionz.image import Image, to_rgb
 
     rows = []
     for file in args.files:
         pixels, width, height = to_rgb(file)
-        sizes = []
-
-        def encode(_: int, rgb=bytes(pixels), width=width, height=height, sizes=sizes) -> None:
-            out = ffi.new("DiffusionZResult *")
-            check(lib.diffusionz_image_encode(rgb, width, height, lib.DIFFUSIONZ_FORMAT_WEBP, 90, ffi.NULL, out))
-            sizes.append(out.image_len)
-            lib.diffusionz_free_result(out)
-
-        times = gpu.times_ms(encode, runs=20, warm_ups=3)
-        name = f"{pathlib.Path(file).stem.replace('-', ' ')}, {sizes[0] / 1e3:.0f} kB"
+        picture = Image(bytearray(pixels), width, height, seed=0, timings={}, metadata_json="")
+        times = gpu.times_ms(lambda _, picture=picture: picture.encode(quality=90), runs=20, warm_ups=3)
+        name = f"{pathlib.Path(file).stem.replace('-', ' ')}, {len(picture.encode(quality=90)) / 1e3:.0f} kB"
         rows.append(Row(f"WebP of a picture: {name}", f"{width}x{height}", "quality 90", "ms", times))
     print(as_table(rows), flush=True)
     save(args.out, "table", rows=[dataclasses.asdict(row) for row in rows])

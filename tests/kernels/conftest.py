@@ -23,6 +23,13 @@ def ops() -> Any:
     return torch.ops.diffusionz
 
 
+@pytest.fixture(scope="session")
+def hopper(ops: Any) -> None:
+    """For tests of kernels that are Hopper's alone."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is Hopper's")
+
+
 def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
     """||result - truth|| / ||truth||, NaN as infinity."""
     error = ((result.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()

@@ -155,9 +155,8 @@ def test_conv2d_with_shortcut(ops: Any, shape: tuple[int, ...]) -> None:
     assert_repeats(run)
 
 
+@pytest.mark.usefixtures("hopper")
 def test_conv2d_leaves_the_moments_on_hopper(ops: Any) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is Hopper's")
     x, weight, bias = draw(1, 64, 32, 32), draw(64, 64, 3, 3), draw(64)
     assert ops.conv2d_group_norm(x, weight, bias, None, bias, bias, 32, EPS)[2]
 
@@ -296,9 +295,8 @@ OWN_ATTENTIONS = [
 
 @pytest.mark.parametrize("shape", OWN_ATTENTIONS)
 @pytest.mark.parametrize("spread", [1.0, 8.0])
+@pytest.mark.usefixtures("hopper")
 def test_attention_sm90(ops: Any, shape: tuple[int, ...], spread: float) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is Hopper's")
     batch, queries, keys, heads, kv_heads = shape
     tokens = max(queries, keys)
     parts = (
@@ -315,18 +313,16 @@ def test_attention_sm90(ops: Any, shape: tuple[int, ...], spread: float) -> None
     assert torch.equal(replayed(run), y)
 
 
+@pytest.mark.usefixtures("hopper")
 def test_attention_sm90_carries_what_is_not_a_number(ops: Any) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is Hopper's")
     q, k, v = draw(1, 300, 3, 2, 128).unbind(2)
     q[0, 7, 1, 3], k[0, 299, 0, 0] = float("nan"), float("nan")
     nan = ops.attention_sm90(q, k, v).unflatten(-1, (2, 128)).isnan()
     assert nan[0, :, 0].all() and nan[0, 7, 1].all() and nan[0, :, 1].sum() == 128
 
 
+@pytest.mark.usefixtures("hopper")
 def test_attention_sm90_of_more_than_two_to_the_31_numbers(ops: Any) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is Hopper's")
     tokens, heads = 512, 30
     batch = 2**31 // (tokens * heads * 128) + 3  # in the result; q, k and v together are three times that
     x = torch.empty(batch, tokens, 3 * heads * 128, device="cuda", dtype=torch.bfloat16).normal_()
