@@ -35,8 +35,9 @@ def get(url: str, key: str | None = None) -> tuple[int, Any]:
 
 def forget_everything(browser: Browser, dev: str) -> None:
     """No cookie, no wallet."""
+    # A page without a script comes first: one that asks for its account would be refused, and its console would say so.
+    browser.visit(dev + "/problems/gone")
     browser.driver.delete_all_cookies()
-    browser.visit(dev + "/problems/gone")  # a page without a script
     browser.js("localStorage.clear(); sessionStorage.clear()")
 
 
@@ -126,7 +127,7 @@ def account(browser: Browser, dev: str, rich: dict[str, str]) -> Iterator[Browse
     browser.visit(dev + "/account")
     browser.wait(lambda: browser.shown("#in"), "the account, without another signature")
     yield browser
-    browser.driver.delete_all_cookies()
+    forget_everything(browser, dev)
 
 
 def test_the_same_wallet_opens_the_same_account(browser: Browser, dev: str, rich: dict[str, str]) -> None:
