@@ -59,6 +59,16 @@ def test_forecasts_in_bfloat16_score_as_in_float32(tmp_path: pathlib.Path) -> No
     assert second.startswith("bfloat16") and "(+0.000%)" not in second
 
 
+@pytest.mark.parametrize("model, precision", [("zimage-demo", "fp8"), ("chronos2-demo", "tf32")])
+def test_a_precision_that_the_device_has_not_is_refused_at_once(
+    tmp_path: pathlib.Path, model: str, precision: str
+) -> None:
+    done = bench("--quality", "--device", "cpu", "--precision", precision, "--model", model, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1, "nothing is drawn or forecast before"
+    assert precision.upper() in done.stderr
+
+
 def test_measures_of_pictures() -> None:
     """Against their definitions, and SSIM against a window by window computation."""
     generator = numpy.random.default_rng(1)

@@ -86,7 +86,7 @@ def compare_pictures(
     from diffusionz.zimage import ZImage
 
     drawn: dict[str, list[Picture]] = {}
-    for name in dict.fromkeys(("float32", "bfloat16", precision)):
+    for name in reversed(_beside(precision)):  # one that the device has not is refused before anything is drawn
         with ZImage(model, device=device, precision=name) as engine:
             drawn[name] = [
                 engine.generate(PROMPTS[i % len(PROMPTS)], width=side, height=side, seed=100 + i, progress=False).pixels
@@ -101,6 +101,11 @@ def compare_pictures(
     if sheet is not None:
         _write_sheet(sheet, drawn, precision)
     return rows
+
+
+def _beside(precision: str) -> list[str]:
+    """The precisions that are compared, float32 first."""
+    return list(dict.fromkeys(("float32", "bfloat16", precision)))
 
 
 def _compared(ours: Sequence[Picture], truth: Sequence[Picture], judge: _Judge) -> dict[str, float]:
@@ -226,7 +231,7 @@ def _write_sheet(path: str, drawn: dict[str, list[Picture]], precision: str) -> 
 
     rows = []
     for i, truth in enumerate(drawn["float32"]):
-        pictures = [drawn[name][i] for name in drawn]
+        pictures = [drawn[name][i] for name in _beside(precision)]
         off = numpy.abs(drawn[precision][i].astype(int) - truth.astype(int)) * 8
         rows.append(numpy.concatenate([*pictures, off.clip(0, 255).astype(numpy.uint8)], 1))
     sheet = numpy.ascontiguousarray(numpy.concatenate(rows))
@@ -321,16 +326,19 @@ def compare_forecasts(model: str, precision: str, device: str, say: Say) -> list
     from diffusionz.chronos2 import Chronos2
 
     histories, futures, season = windows()
-    rows: list[dict[str, Any]] = []
-    for name in dict.fromkeys(("float32", "bfloat16", precision)):
+    scores: dict[str, tuple[float, float]] = {}
+    for name in reversed(_beside(precision)):
         with Chronos2(model, device=device, precision=name) as engine:
             found = engine.forecast(histories, futures.shape[1], LEVELS).quantiles
-        mase, wql = score(histories, futures, found, season)
-        truth = rows[0] if rows else {"mase": mase, "wql": wql}
-        changes = {"mase_change": mase / truth["mase"] - 1, "wql_change": wql / truth["wql"] - 1}
-        rows.append({"precision": name, "mase": mase, "wql": wql} | changes)
+        scores[name] = score(histories, futures, found, season)
         say(f"{len(histories)} forecasts in {name}")
-    return rows
+
+    def row(name: str) -> dict[str, Any]:
+        (mase, wql), (true_mase, true_wql) = scores[name], scores["float32"]
+        changes = {"mase_change": mase / true_mase - 1, "wql_change": wql / true_wql - 1}
+        return {"precision": name, "mase": mase, "wql": wql} | changes
+
+    return [row(name) for name in _beside(precision)]
 
 
 def windows() -> tuple[list[NDArray[numpy.float32]], NDArray[numpy.float32], int]:
