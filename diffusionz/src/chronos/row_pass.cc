@@ -124,6 +124,7 @@ const at::Tensor& RowPass::compute(Shape& shape) {
         shape.graph.replay();
     } else {
         work();
+        shape.ran_on = std::this_thread::get_id();
     }
     return shape.quantiles;
 }

@@ -47,7 +47,7 @@ private:
         at::Tensor quantiles;
         CudaGraph graph;
         bool too_large = false;  // there was no memory to record it in
-        std::thread::id ran_on = std::this_thread::get_id();
+        std::thread::id ran_on{};  // its last pass outside a graph
     };
     Shape& shape(int64_t rows, int64_t context_patches, int64_t output_patches);
     const at::Tensor& compute(Shape& shape);

@@ -93,8 +93,10 @@ at::Tensor GraphCache::run(const std::string& key, const std::vector<at::Tensor>
     auto entry = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& other) { return other.key == full_key; });
     if (entry == entries_.end()) {
         if (entries_.size() == kGraphsMax) entries_.pop_back();
-        entries_.push_front({full_key, make(), {}, {}, {}});
-        return entries_.front().work(inputs);
+        Function work = make();
+        const at::Tensor output = work(inputs);  // what fails is not kept: only what has run can be recorded
+        entries_.push_front({full_key, std::move(work), {}, {}, {}});
+        return output;
     }
     entries_.splice(entries_.begin(), entries_, entry);
     if (entry->too_large) return entry->work(inputs);
