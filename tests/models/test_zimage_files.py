@@ -196,3 +196,22 @@ def test_a_vae_without_encoder_draws_from_text_and_says_what_it_cannot(random_mo
         assert torch.equal(draw(engine, request), draw(model.engine, request))
         with pytest.raises(ArgumentError, match="encoder"):
             draw(engine, REQUEST, PICTURE)
+
+
+# --- Models that share a process ------------------------------------------------------------------------------------
+
+
+def test_models_of_linked_folders_are_each_their_own(random_model, tmp_path):
+    """As who keeps components once and links them together: no file of such a model stands in its own folder."""
+    models = [random_model("small"), random_model("wide")]
+    linked = [tmp_path / "a", tmp_path / "b"]
+    for model, folder in zip(models, linked, strict=True):
+        folder.mkdir()
+        for component in ("transformer", "text_encoder", "vae", "tokenizer"):
+            (folder / component).symlink_to(model.folder / component)
+    from diffusionz import ZImage
+
+    request = complete({"prompt": LONG, "steps": 2}, SIZE)
+    with ZImage(linked[0], device="cpu") as first, ZImage(linked[1], device="cpu") as second:
+        for model, engine in zip(models, (first, second), strict=True):
+            assert torch.equal(draw(engine, request), draw(model.engine, request))
