@@ -10,6 +10,8 @@ import math
 import os
 import pathlib
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -195,8 +197,6 @@ def test_null_is_fine_where_the_header_says_so() -> None:
 
 
 def test_last_error_is_of_the_last_call_of_this_thread(ctx: Any) -> None:
-    import threading
-
     draw(ctx, width=17)
     assert "17" in last_error()
     elsewhere: list[str] = []
@@ -292,6 +292,30 @@ def test_a_task_cancelled_before_its_call_ends_that_call(ctx: Any) -> None:
     assert lib.diffusionz_generate_batch(ctx, request, 1, task, result) == E["CANCELLED"]
     lib.diffusionz_free_result(result)
     assert draw(ctx) == (lib.DIFFUSIONZ_OK, "")
+
+
+def test_a_context_freed_while_a_call_encodes_is_there_until_the_call_is_over(tiny_model: pathlib.Path) -> None:
+    """The last picture is drawn, nothing runs or queues on the device, but the call is not done with the context."""
+    ctx = lib.diffusionz_init(os.fsencode(tiny_model), -1)
+    prompt = ffi.new("char[]", b"x")
+    request, result = ffi.new("DiffusionZRequest *"), ffi.new("DiffusionZResult *")
+    lib.diffusionz_request_init(request)
+    request.prompt, request.width, request.height, request.num_steps = prompt, 512, 512, 1
+    request.format = lib.DIFFUSIONZ_FORMAT_WEBP_LOSSLESS  # a tenth of a second
+    task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
+    progress = ffi.new("DiffusionZProgress *", {"struct_size": ffi.sizeof("DiffusionZProgress")})
+    call = threading.Thread(target=lib.diffusionz_generate_batch, args=(ctx, request, 1, task, result))
+    call.start()
+    while progress.image == 0 and progress.stage != lib.DIFFUSIONZ_STAGE_DONE:
+        time.sleep(0.001)
+        lib.diffusionz_task_progress(task, progress)
+    assert progress.stage == lib.DIFFUSIONZ_STAGE_DECODE
+    lib.diffusionz_free(ctx)
+    lib.diffusionz_task_progress(task, progress)
+    call.join()
+    assert progress.stage == lib.DIFFUSIONZ_STAGE_DONE
+    assert result.error_code == lib.DIFFUSIONZ_OK
+    lib.diffusionz_free_result(result)
 
 
 def test_devices_that_are_not_there(tiny_model: pathlib.Path) -> None:

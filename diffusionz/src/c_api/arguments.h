@@ -5,6 +5,8 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <shared_mutex>
 #include <string>
 
 #include "core/error.h"
@@ -54,6 +56,24 @@ template <class Struct>
 void write_struct(Struct whole, Struct* to) {
     whole.struct_size = to->struct_size;
     std::memcpy(to, &whole, whole.struct_size);
+}
+
+// The calls inside a context, for its _free to wait for. The engine's queue alone is not enough: a call reads the context before
+// its turn, and after it, while it encodes.
+class ContextUse {
+public:
+    [[nodiscard]] std::shared_lock<std::shared_mutex> enter() const { return std::shared_lock(mutex_); }
+    void wait() const { const std::unique_lock last(mutex_); }
+
+private:
+    mutable std::shared_mutex mutex_;
+};
+
+// Fails with E_ARGUMENT for NULL. The call holds what this returns as long as it needs the context.
+template <class Context>
+[[nodiscard]] std::shared_lock<std::shared_mutex> enter_context(const Context* ctx) {
+    if (!ctx) fail(DIFFUSIONZ_E_ARGUMENT, "ctx is NULL");
+    return ctx->use.enter();
 }
 
 // Which precisions a model can be had in.

@@ -21,13 +21,10 @@ struct ChronosContext {
         : engine(path, lora ? lora : "", placement, working_memory_bytes), info(engine.info()) {}
     chronos::Engine engine;
     std::string info;
+    ContextUse use;
 };
 
 namespace {
-
-void check_context(const ChronosContext* ctx) {
-    if (!ctx) fail(DIFFUSIONZ_E_ARGUMENT, "ctx is NULL");
-}
 
 // Memory that a _free function returns. The kernel promises more than it has and ends the process that uses it: so it is asked
 // before.
@@ -85,7 +82,7 @@ int32_t chronos_init_with_options(const char* model_path, const ChronosInitOptio
 
 void chronos_free(ChronosContext* ctx) {
     if (!ctx) return;
-    guard([&] { ctx->engine.drain(); });
+    guard([&] { ctx->use.wait(); });
     delete ctx;
 }
 
@@ -93,7 +90,7 @@ const char* chronos_model_info(const ChronosContext* ctx) { return ctx ? ctx->in
 
 int32_t chronos_memory_info(ChronosContext* ctx, DiffusionZMemoryInfo* info) {
     return guard([&] {
-        check_context(ctx);
+        const auto inside = enter_context(ctx);
         check_size("info", info);
         DiffusionZMemoryInfo memory{};  // an adapter is merged into the weights
         memory.shared_by = ctx->engine.shared_by();
@@ -115,7 +112,7 @@ int32_t chronos_forecast(ChronosContext* ctx, const ChronosRequest* request, Dif
     const int32_t status = guard([&] {
         Task own;  // for a caller that does not watch
         Task& watched = task ? task->task : own;
-        check_context(ctx);
+        const auto inside = enter_context(ctx);
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
         check_size("request", request);
         ctx->engine.check(*request, /*embed=*/false);
@@ -149,7 +146,7 @@ int32_t chronos_embed(ChronosContext* ctx, const ChronosRequest* request, Diffus
     const int32_t status = guard([&] {
         Task own;
         Task& watched = task ? task->task : own;
-        check_context(ctx);
+        const auto inside = enter_context(ctx);
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
         check_size("request", request);
         ctx->engine.check(*request, /*embed=*/true);

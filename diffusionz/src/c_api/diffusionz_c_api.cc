@@ -28,13 +28,10 @@ struct DiffusionZContext {
         : fleet(path, placements, options.cuda_graphs != 0, options.max_vram_bytes), info(fleet.info()) {}
     Fleet fleet;
     std::string info;
+    ContextUse use;
 };
 
 namespace {
-
-void check_context(const DiffusionZContext* ctx) {
-    if (!ctx) fail(DIFFUSIONZ_E_ARGUMENT, "ctx is NULL");
-}
 
 char* copy_string(const std::string& text) {
     char* copy = static_cast<char*>(std::malloc(text.size() + 1));
@@ -221,7 +218,7 @@ int32_t diffusionz_init_with_options(const char* model_path, const DiffusionZIni
 
 void diffusionz_free(DiffusionZContext* ctx) {
     if (!ctx) return;
-    guard([&] { ctx->fleet.drain(); });
+    guard([&] { ctx->use.wait(); });
     delete ctx;
 }
 
@@ -229,7 +226,7 @@ const char* diffusionz_model_info(const DiffusionZContext* ctx) { return ctx ? c
 
 int32_t diffusionz_memory_info(DiffusionZContext* ctx, DiffusionZMemoryInfo* info) {
     return guard([&] {
-        check_context(ctx);
+        const auto inside = enter_context(ctx);
         check_size("info", info);
         write_struct(ctx->fleet.memory(), info);
     });
@@ -286,7 +283,7 @@ int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZReques
     const int32_t status = guard([&] {
         Task own;  // for a caller that does not watch
         Task& watched = task ? task->task : own;
-        check_context(ctx);
+        const auto inside = enter_context(ctx);
         if (!requests) fail(DIFFUSIONZ_E_ARGUMENT, "requests is NULL");
         if (!results) fail(DIFFUSIONZ_E_ARGUMENT, "results is NULL");
         if (count < 1 || count > kCountMax) fail(DIFFUSIONZ_E_ARGUMENT, "count is ", count, "; it must be from 1 to ", kCountMax);
@@ -368,7 +365,7 @@ void diffusionz_task_free(DiffusionZTask* task) { delete task; }
 
 int32_t diffusionz_load_lora(DiffusionZContext* ctx, const char* lora_path, float weight) {
     return guard([&] {
-        check_context(ctx);
+        const auto inside = enter_context(ctx);
         if (!lora_path) fail(DIFFUSIONZ_E_ARGUMENT, "lora_path is NULL");
         ctx->fleet.load_lora(lora_path, weight);
     });
@@ -376,7 +373,7 @@ int32_t diffusionz_load_lora(DiffusionZContext* ctx, const char* lora_path, floa
 
 int32_t diffusionz_unload_lora(DiffusionZContext* ctx) {
     return guard([&] {
-        check_context(ctx);
+        const auto inside = enter_context(ctx);
         ctx->fleet.unload_lora();
     });
 }
@@ -421,7 +418,7 @@ int32_t diffusionz_image_metadata(const uint8_t* data, int64_t size_bytes, char*
 int32_t diffusionz_request_metadata(const DiffusionZContext* ctx, const DiffusionZRequest* request, char** out) {
     if (out) *out = nullptr;
     return guard([&] {
-        check_context(ctx);
+        const auto inside = enter_context(ctx);
         if (!out) fail(DIFFUSIONZ_E_ARGUMENT, "out is NULL");
         check_size("request", request);
         ctx->fleet.check(*request);

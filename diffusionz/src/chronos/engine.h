@@ -37,9 +37,6 @@ public:
     // Fills values [embedding_offsets.back(), d_model], loc and scale [rows].
     void embed(const ChronosRequest& request, Task& task, float* values, float* loc, float* scale);
 
-    // Waits for the calls that run or queue.
-    void drain() { const CallQueue::Turn turn(queue_); }
-
     const Model& model() const { return *model_; }
     int32_t shared_by() const { return static_cast<int32_t>(model_.use_count()); }
     // What the model is, as JSON.

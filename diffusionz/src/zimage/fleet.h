@@ -38,9 +38,6 @@ public:
     // These take a place in the queue, and find every engine idle.
     void load_lora(const std::filesystem::path& path, double weight);
     void unload_lora();
-    void drain() {
-        alone([] {});
-    }
 
 private:
     struct Call {
