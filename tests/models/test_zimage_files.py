@@ -7,6 +7,8 @@ same, within the bounds of parity where diffusers reads the form itself.
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -170,6 +172,58 @@ def test_a_comfyui_folder_draws_the_same_picture_bit_for_bit(random_model, origi
     save_file(vae, tmp_path / "vae" / "ae.safetensors")
     shutil.copytree(model.folder / "tokenizer", tmp_path / "tokenizer")
     assert torch.equal(picture_of(tmp_path), draw(model.engine, REQUEST, PICTURE))
+
+
+# What a model without a config is read from: removed, without a side, or with an empty one.
+READ = {
+    "transformer": [
+        "all_x_embedder.2-1.weight", "cap_embedder.1.weight", "layers.0.attention.norm_q.weight",
+        "layers.0.attention.to_q.weight", "layers.0.attention.to_k.weight", "layers.1.attention_norm1.weight",
+        "noise_refiner.0.attention_norm1.weight", "t_embedder.mlp.0.weight",
+    ],
+    "text_encoder": [
+        "embed_tokens.weight", "layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_proj.weight",
+        "layers.0.self_attn.k_proj.weight", "layers.0.mlp.gate_proj.weight", "layers.1.input_layernorm.weight",
+    ],
+    "vae": [
+        "decoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.conv1.weight",
+        "decoder.up_blocks.0.resnets.2.conv1.weight", "decoder.up_blocks.3.resnets.0.conv1.weight",
+        "decoder.mid_block.attentions.0.to_q.weight",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("component", "name"), [(part, name) for part, names in READ.items() for name in names])
+def test_a_damaged_file_without_a_config_is_refused(random_model, tmp_path, component, name):
+    """In a process of its own: what is divided by an empty side ends it."""
+    folder = tmp_path / "model"
+    shutil.copytree(random_model("wide").folder, folder)
+    for config in folder.glob("*/config.json"):
+        config.unlink()
+    whole = weights(folder, component)
+    (file,) = (folder / component).glob("*.safetensors")
+    damaged = [torch.tensor(1.0), torch.empty(0), torch.empty(0, whole[name][0].numel()), torch.ones(1, 1), None]
+    for i, tensor in enumerate(damaged):
+        save_file(whole | {name: tensor} if tensor is not None else {k: v for k, v in whole.items() if k != name},
+                  file.with_name(f"{i}.safetensors"))  # fmt: skip
+    file.unlink()
+    code = """
+import os, pathlib, sys
+from diffusionz import ModelError, ZImage
+folder = pathlib.Path(sys.argv[1])
+for file in sorted((folder / sys.argv[2]).glob("*.safetensors")):
+    file.rename(file.with_suffix(".kept"))
+for file in sorted((folder / sys.argv[2]).glob("*.kept")):
+    os.link(file, folder / sys.argv[2] / "model.safetensors")
+    try:
+        ZImage(folder, device="cpu")
+    except ModelError as error:
+        print(error)
+    (folder / sys.argv[2] / "model.safetensors").unlink()
+"""
+    done = subprocess.run([sys.executable, "-c", code, folder, component], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert len(done.stdout.splitlines()) == len(damaged), done.stdout
 
 
 @pytest.mark.parametrize("encoder", ["text_encoders.qwen3_4b.transformer.", "text_encoders."])

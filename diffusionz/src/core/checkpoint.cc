@@ -81,6 +81,19 @@ const TensorView& Checkpoint::at(const std::string& name) const {
     return found->second;
 }
 
+int64_t Checkpoint::extent(const std::string& name, size_t dimension) const {
+    const std::vector<int64_t>& shape = at(name).shape;
+    if (dimension >= shape.size() || shape[dimension] < 1)
+        fail(DIFFUSIONZ_E_MODEL, name_, ": tensor '", name, "' is ", shape_text(shape), "; it must have ", dimension + 1,
+             " dimensions or more, none of them empty; damaged, or a model of another architecture");
+    return shape[dimension];
+}
+
+bool Checkpoint::has_below(const std::string& prefix) const {
+    const auto found = tensors_.lower_bound(prefix);
+    return found != tensors_.end() && found->first.starts_with(prefix);
+}
+
 const MappedFile& Checkpoint::file_of(const TensorView& view) const {
     for (const auto& file : files_) {
         if (view.data >= file->data() && view.data < file->data() + file->size_bytes()) return *file;

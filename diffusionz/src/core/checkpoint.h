@@ -25,6 +25,10 @@ public:
     bool has(const std::string& name) const { return tensors_.count(name) != 0; }
     // Fails with E_MODEL when there is none.
     const TensorView& at(const std::string& name) const;
+    // The tensor's extent in `dimension`. Fails with E_MODEL when it has none or an empty one.
+    int64_t extent(const std::string& name, size_t dimension) const;
+    // Whether a tensor's name begins with `prefix`.
+    bool has_below(const std::string& prefix) const;
     const std::map<std::string, TensorView>& tensors() const { return tensors_; }
     // The metadata of the files' headers.
     const std::map<std::string, std::string>& metadata() const { return metadata_; }

@@ -38,8 +38,8 @@ public:
     // Several of them, one after the other along the first dimension. On a CUDA device each goes straight to its place.
     at::Tensor get_fused(const std::vector<std::string>& names, const std::vector<std::vector<int64_t>>& shapes) const;
     bool has(const std::string& name) const { return checkpoint_->has(prefix_ + name); }
-    // The stored shape. Fails with E_MODEL.
-    const std::vector<int64_t>& shape(const std::string& name) const { return checkpoint_->at(prefix_ + name).shape; }
+    // The stored extent in `dimension`. Fails with E_MODEL.
+    int64_t extent(const std::string& name, size_t dimension) const { return checkpoint_->extent(prefix_ + name, dimension); }
     // As stored, on the host, whatever the placement.
     at::Tensor get_on_host(const std::string& name, const std::vector<int64_t>& shape) const;
     Weights below(const std::string& prefix) const;

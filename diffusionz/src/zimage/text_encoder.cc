@@ -10,6 +10,18 @@
 #include "ops/qk_norm_rope.h"
 
 namespace diffusionz {
+namespace {
+
+// Fails with E_MODEL.
+void check_heads(const TextEncoderConfig& config, const std::string& name) {
+    if (config.num_heads < 1 || config.num_kv_heads < 1 || config.num_heads % config.num_kv_heads != 0 ||
+        config.head_dim % 2 != 0) {
+        fail(DIFFUSIONZ_E_MODEL, name, ": ", config.num_heads, " heads, ", config.num_kv_heads, " key-value heads and head_dim ",
+             config.head_dim, " do not fit together");
+    }
+}
+
+}  // namespace
 
 TextEncoderConfig TextEncoderConfig::from_json(const JsonFile& json) {
     const std::string type = json.text("model_type", "qwen3");
@@ -35,25 +47,23 @@ TextEncoderConfig TextEncoderConfig::from_json(const JsonFile& json) {
     if (json.boolean("use_sliding_window", false)) fail(DIFFUSIONZ_E_MODEL, json.name(), ": use_sliding_window is not supported");
     const std::string activation = json.text("hidden_act", "silu");
     if (activation != "silu") fail(DIFFUSIONZ_E_MODEL, json.name(), ": hidden_act is '", activation, "'; it must be silu");
-    if (config.num_heads % config.num_kv_heads != 0 || config.head_dim % 2 != 0) {
-        fail(DIFFUSIONZ_E_MODEL, json.name(), ": ", config.num_heads, " heads, ", config.num_kv_heads,
-             " key-value heads and head_dim ", config.head_dim, " do not fit together");
-    }
+    check_heads(config, json.name());
     return config;
 }
 
 TextEncoderConfig TextEncoderConfig::from_shapes(const Checkpoint& checkpoint) {
     TextEncoderConfig config;
     const std::string first = "layers.0.self_attn.";
-    config.vocab_size = checkpoint.at("embed_tokens.weight").shape.at(0);
-    config.hidden_size = checkpoint.at("embed_tokens.weight").shape.at(1);
-    config.head_dim = checkpoint.at(first + "q_norm.weight").shape.at(0);
-    config.num_heads = checkpoint.at(first + "q_proj.weight").shape.at(0) / config.head_dim;
-    config.num_kv_heads = checkpoint.at(first + "k_proj.weight").shape.at(0) / config.head_dim;
-    config.intermediate_size = checkpoint.at("layers.0.mlp.gate_proj.weight").shape.at(0);
+    config.vocab_size = checkpoint.extent("embed_tokens.weight", 0);
+    config.hidden_size = checkpoint.extent("embed_tokens.weight", 1);
+    config.head_dim = checkpoint.extent(first + "q_norm.weight", 0);
+    config.num_heads = checkpoint.extent(first + "q_proj.weight", 0) / config.head_dim;
+    config.num_kv_heads = checkpoint.extent(first + "k_proj.weight", 0) / config.head_dim;
+    config.intermediate_size = checkpoint.extent("layers.0.mlp.gate_proj.weight", 0);
     config.attention_bias = checkpoint.has(first + "q_proj.bias");
     config.num_layers = 0;
-    while (checkpoint.has(concat("layers.", config.num_layers, ".input_layernorm.weight"))) ++config.num_layers;
+    while (checkpoint.has_below(concat("layers.", config.num_layers, '.'))) ++config.num_layers;
+    check_heads(config, checkpoint.name());
     return config;
 }
 

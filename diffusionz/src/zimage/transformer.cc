@@ -26,6 +26,19 @@ int64_t padding_of(int64_t tokens) {
     return (Transformer::kTokensMultiple - tokens % Transformer::kTokensMultiple) % Transformer::kTokensMultiple;
 }
 
+// Fails with E_MODEL.
+void check_heads(const TransformerConfig& config, const std::string& name) {
+    const int64_t sum = std::accumulate(config.axes_dims.begin(), config.axes_dims.end(), int64_t{0});
+    bool even = config.axes_dims.size() == 3 && config.axes_lens.size() == 3;
+    for (const int64_t axis : config.axes_dims) even = even && axis % 2 == 0;
+    if (config.num_heads < 1 || config.num_kv_heads < 1 || config.dim % config.num_heads != 0 ||
+        config.num_heads % config.num_kv_heads != 0 || !even || sum != config.head_dim()) {
+        fail(DIFFUSIONZ_E_MODEL, name, ": dim ", config.dim, ", n_heads ", config.num_heads, ", n_kv_heads ", config.num_kv_heads,
+             ", axes_dims ", shape_text(config.axes_dims),
+             " do not fit together: heads divide dim, key-value heads divide heads, three even axes add up to dim / n_heads");
+    }
+}
+
 }  // namespace
 
 TransformerConfig TransformerConfig::from_json(const JsonFile& json) {
@@ -52,31 +65,25 @@ TransformerConfig TransformerConfig::from_json(const JsonFile& json) {
     }
     if (json.has("siglip_feat_dim"))
         fail(DIFFUSIONZ_E_MODEL, json.name(), ": a Z-Image-Omni model (siglip_feat_dim) is not supported");
-    const int64_t sum = std::accumulate(config.axes_dims.begin(), config.axes_dims.end(), int64_t{0});
-    bool even = config.axes_dims.size() == 3 && config.axes_lens.size() == 3;
-    for (const int64_t axis : config.axes_dims) even = even && axis % 2 == 0;
-    if (config.dim % config.num_heads != 0 || config.num_heads % config.num_kv_heads != 0 || !even || sum != config.head_dim()) {
-        fail(DIFFUSIONZ_E_MODEL, json.name(), ": dim ", config.dim, ", n_heads ", config.num_heads, ", n_kv_heads ",
-             config.num_kv_heads, ", axes_dims ", shape_text(config.axes_dims),
-             " do not fit together: heads divide dim, key-value heads divide heads, three even axes add up to dim / n_heads");
-    }
+    check_heads(config, json.name());
     return config;
 }
 
 TransformerConfig TransformerConfig::from_shapes(const Checkpoint& checkpoint) {
     TransformerConfig config;
     const std::string block = "layers.0.attention.";
-    config.dim = checkpoint.at("all_x_embedder.2-1.weight").shape.at(0);
-    config.in_channels = checkpoint.at("all_x_embedder.2-1.weight").shape.at(1) / (Transformer::kPatch * Transformer::kPatch);
-    config.caption_dim = checkpoint.at("cap_embedder.1.weight").shape.at(1);
-    const int64_t head_dim = checkpoint.at(block + "norm_q.weight").shape.at(0);
-    config.num_heads = checkpoint.at(block + "to_q.weight").shape.at(0) / head_dim;
-    config.num_kv_heads = checkpoint.at(block + "to_k.weight").shape.at(0) / head_dim;
+    config.dim = checkpoint.extent("all_x_embedder.2-1.weight", 0);
+    config.in_channels = checkpoint.extent("all_x_embedder.2-1.weight", 1) / (Transformer::kPatch * Transformer::kPatch);
+    config.caption_dim = checkpoint.extent("cap_embedder.1.weight", 1);
+    const int64_t head_dim = checkpoint.extent(block + "norm_q.weight", 0);
+    config.num_heads = checkpoint.extent(block + "to_q.weight", 0) / head_dim;
+    config.num_kv_heads = checkpoint.extent(block + "to_k.weight", 0) / head_dim;
     config.axes_dims = {head_dim / 4, head_dim / 8 * 3, head_dim / 8 * 3};  // (32, 48, 48) of 128
+    // A layer counts with any of its tensors: one that lacks some is damaged, not a shorter model.
     config.num_layers = config.num_refiner_layers = 0;
-    while (checkpoint.has(concat("layers.", config.num_layers, ".attention_norm1.weight"))) ++config.num_layers;
-    while (checkpoint.has(concat("noise_refiner.", config.num_refiner_layers, ".attention_norm1.weight")))
-        ++config.num_refiner_layers;
+    while (checkpoint.has_below(concat("layers.", config.num_layers, '.'))) ++config.num_layers;
+    while (checkpoint.has_below(concat("noise_refiner.", config.num_refiner_layers, '.'))) ++config.num_refiner_layers;
+    check_heads(config, checkpoint.name());
     return config;
 }
 
@@ -89,7 +96,7 @@ Transformer::Transformer(const TransformerConfig& config, const Weights& weights
     image_embedder_ = linear("all_x_embedder.2-1", dim, patch);
     caption_norm_ = weights.get("cap_embedder.0.weight", {config.caption_dim});
     caption_embedder_ = linear("cap_embedder.1", dim, config.caption_dim);
-    const int64_t time_hidden = weights.shape("t_embedder.mlp.0.weight").at(0);
+    const int64_t time_hidden = weights.extent("t_embedder.mlp.0.weight", 0);
     time_mlp0_ = linear("t_embedder.mlp.0", time_hidden, kTimeFrequencies);
     time_mlp2_ = linear("t_embedder.mlp.2", adaln, time_hidden);
     final_linear_ = linear("all_final_layer.2-1.linear", patch, dim);

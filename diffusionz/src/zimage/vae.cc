@@ -15,6 +15,18 @@ namespace {
 
 constexpr double kNormEps = 1e-6;
 
+// Fails with E_MODEL.
+void check_channels(const VaeConfig& config, const std::string& name) {
+    if (config.block_out_channels.empty() || config.block_out_channels.size() > 8)
+        fail(DIFFUSIONZ_E_MODEL, name, ": block_out_channels must have 1 to 8 entries");
+    for (const int64_t channels : config.block_out_channels) {
+        if (channels % config.norm_num_groups != 0) {
+            fail(DIFFUSIONZ_E_MODEL, name, ": block_out_channels ", shape_text(config.block_out_channels),
+                 " must be multiples of norm_num_groups ", config.norm_num_groups);
+        }
+    }
+}
+
 }  // namespace
 
 VaeConfig VaeConfig::from_json(const JsonFile& json) {
@@ -31,14 +43,7 @@ VaeConfig VaeConfig::from_json(const JsonFile& json) {
     config.use_post_quant_conv = json.boolean("use_post_quant_conv", true);
     config.mid_block_add_attention = json.boolean("mid_block_add_attention", true);
     config.sample_size = json.integer("sample_size", config.sample_size, 1, 1 << 20);
-    if (config.block_out_channels.empty() || config.block_out_channels.size() > 8)
-        fail(DIFFUSIONZ_E_MODEL, json.name(), ": block_out_channels must have 1 to 8 entries");
-    for (const int64_t channels : config.block_out_channels) {
-        if (channels % config.norm_num_groups != 0) {
-            fail(DIFFUSIONZ_E_MODEL, json.name(), ": block_out_channels ", shape_text(config.block_out_channels),
-                 " must be multiples of norm_num_groups ", config.norm_num_groups);
-        }
-    }
+    check_channels(config, json.name());
     for (const char* key : {"in_channels", "out_channels"}) {
         if (json.integer(key, 3, 1, 1024) != 3) fail(DIFFUSIONZ_E_MODEL, json.name(), ": ", key, " must be 3");
     }
@@ -49,18 +54,17 @@ VaeConfig VaeConfig::from_shapes(const Checkpoint& checkpoint) {
     VaeConfig config;
     config.block_out_channels.clear();
     int64_t blocks = 0;
-    while (checkpoint.has(concat("decoder.up_blocks.", blocks, ".resnets.0.conv1.weight"))) ++blocks;
-    for (int64_t i = blocks - 1; i >= 0; --i) {
-        config.block_out_channels.push_back(
-            checkpoint.at(concat("decoder.up_blocks.", i, ".resnets.0.conv1.weight")).shape.at(0));
-    }
+    while (checkpoint.has_below(concat("decoder.up_blocks.", blocks, '.'))) ++blocks;
+    for (int64_t i = blocks - 1; i >= 0; --i)
+        config.block_out_channels.push_back(checkpoint.extent(concat("decoder.up_blocks.", i, ".resnets.0.conv1.weight"), 0));
     int64_t resnets = 0;
-    while (checkpoint.has(concat("decoder.up_blocks.0.resnets.", resnets, ".conv1.weight"))) ++resnets;
+    while (checkpoint.has_below(concat("decoder.up_blocks.0.resnets.", resnets, '.'))) ++resnets;
     config.layers_per_block = resnets - 1;
-    config.latent_channels = checkpoint.at("decoder.conv_in.weight").shape.at(1);
+    config.latent_channels = checkpoint.extent("decoder.conv_in.weight", 1);
     config.use_quant_conv = checkpoint.has("quant_conv.weight");
     config.use_post_quant_conv = checkpoint.has("post_quant_conv.weight");
-    config.mid_block_add_attention = checkpoint.has("decoder.mid_block.attentions.0.to_q.weight");
+    config.mid_block_add_attention = checkpoint.has_below("decoder.mid_block.attentions.0.");
+    check_channels(config, checkpoint.name());
     return config;
 }
 
