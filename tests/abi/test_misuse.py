@@ -418,6 +418,31 @@ def test_status_names() -> None:
         assert text(lib.diffusionz_status_name(value)) == "unknown status"
 
 
+def encode(metadata: bytes, format: int) -> tuple[int, str]:
+    """(status, the metadata that the picture gives back or the message) of a picture with that metadata."""
+    result, out = ffi.new("DiffusionZResult *"), ffi.new("char **")
+    status = lib.diffusionz_image_encode(ffi.new("uint8_t[]", 3), 1, 1, format, 90, metadata, result)
+    if status != lib.DIFFUSIONZ_OK:
+        message = text(result.error_msg)
+        lib.diffusionz_free_result(result)
+        return status, message
+    assert lib.diffusionz_image_metadata(result.image_data, result.image_len, out) == lib.DIFFUSIONZ_OK
+    read = text(out[0])
+    lib.diffusionz_free_string(out[0])
+    lib.diffusionz_free_result(result)
+    return status, read
+
+
+@pytest.mark.parametrize("format", [lib.DIFFUSIONZ_FORMAT_PNG, lib.DIFFUSIONZ_FORMAT_WEBP])
+def test_metadata_comes_back_or_is_refused(format: int) -> None:
+    fine = b'{"prompt": "x", "steps": ' + b"[" * 200 + b"]" * 200 + b', "brackets": "' + b"[" * 1000 + b'\\""}'
+    assert encode(fine, format) == (lib.DIFFUSIONZ_OK, fine.decode())
+    deep = b'{"prompt": "x", "steps": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"
+    status, message = encode(deep, format)
+    assert status == E["ARGUMENT"]
+    assert "deeper than 256" in message
+
+
 # --- Damaged models ---
 
 
@@ -468,6 +493,12 @@ def test_damaged_json(broken: pathlib.Path, name: str, data: bytes) -> None:
     replace(broken / name, data)
     # An empty config means the defaults, which another file contradicts.
     load_fails(broken, *([] if data == b"{}" else [name.split("/")[0]]))
+
+
+@pytest.mark.parametrize(("name", "key"), [("transformer/config.json", "dim"), ("vae/config.json", "_class_name")])
+def test_json_of_a_million_levels(broken: pathlib.Path, name: str, key: str) -> None:
+    replace(broken / name, f'{{"{key}": {"[" * 10**6}{"]" * 10**6}}}'.encode())
+    load_fails(broken, name, "deeper than 256")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -365,6 +365,7 @@ BAD_METADATA = {
     "not a JSON object": '{"transformer.lora_alpha": 4',
     "alpha_pattern has 'to_q'": '{"transformer.alpha_pattern": {"to_q": "four"}}',
     "alpha_pattern has 'to_(q|k)'": '{"transformer.alpha_pattern": {"to_(q|k)": 4}}',
+    "deeper than 256": '{"transformer.lora_alpha": ' + "[" * 10**6 + "]" * 10**6 + "}",
 }
 
 

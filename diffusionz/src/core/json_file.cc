@@ -1,5 +1,6 @@
 #include "core/json_file.h"
 
+#include "core/json_depth.h"
 #include "core/mapped_file.h"
 
 namespace diffusionz {
@@ -17,6 +18,7 @@ JsonFile JsonFile::load(const std::filesystem::path& path, int32_t status) {
     JsonFile json(path.string());
     json.status_ = status;
     const std::string_view text = file.text();
+    if (json_too_deep(text)) fail(status, path.string(), ": nested deeper than ", kJsonDepthMax, " levels");
     json.object_ = nlohmann::json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
     if (!json.object_.is_object()) fail(status, path.string(), ": not a JSON object");
     return json;

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/json_depth.h"
 #include "core/mapped_file.h"
 
 namespace diffusionz {
@@ -32,6 +33,7 @@ double PeftScale::operator()(const std::string& module, int64_t rank) const {
 
 // A scale that is misread draws another picture in silence, so what is not understood is refused.
 void PeftScale::read(std::string_view text, const std::string& name) {
+    if (json_too_deep(text)) fail(DIFFUSIONZ_E_LORA, name, ": nested deeper than ", kJsonDepthMax, " levels");
     const auto json = nlohmann::ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
     if (!json.is_object()) fail(DIFFUSIONZ_E_LORA, name, ": not a JSON object");
     const auto field = [&](const std::string& key) {

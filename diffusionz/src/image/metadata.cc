@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/json_depth.h"
 
 namespace diffusionz {
 namespace {
@@ -133,6 +134,8 @@ std::string parameters_text(const std::string& metadata_json) {
     if (metadata_json.size() > kMetadataBytesMax)
         fail(DIFFUSIONZ_E_ARGUMENT, "the metadata has ", metadata_json.size(), " bytes; at most ", kMetadataBytesMax,
              " are allowed");
+    if (json_too_deep(metadata_json))
+        fail(DIFFUSIONZ_E_ARGUMENT, "the metadata is nested deeper than ", kJsonDepthMax, " levels");
     const json metadata = json::parse(metadata_json, nullptr, false);
     if (!metadata.is_object()) fail(DIFFUSIONZ_E_ARGUMENT, "the metadata is not a JSON object: ", metadata_json.substr(0, 80));
 
