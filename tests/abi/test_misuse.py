@@ -441,6 +441,9 @@ def test_metadata_comes_back_or_is_refused(format: int) -> None:
     status, message = encode(deep, format)
     assert status == E["ARGUMENT"]
     assert "deeper than 256" in message
+    status, message = encode(b'\xef\xbb\xbf{"prompt": "x"}', format)  # reading would not know it for an object
+    assert status == E["ARGUMENT"]
+    assert "not a JSON object" in message
 
 
 # --- Damaged models ---

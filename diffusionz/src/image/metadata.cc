@@ -137,7 +137,9 @@ std::string parameters_text(const std::string& metadata_json) {
     if (json_too_deep(metadata_json))
         fail(DIFFUSIONZ_E_ARGUMENT, "the metadata is nested deeper than ", kJsonDepthMax, " levels");
     const json metadata = json::parse(metadata_json, nullptr, false);
-    if (!metadata.is_object()) fail(DIFFUSIONZ_E_ARGUMENT, "the metadata is not a JSON object: ", metadata_json.substr(0, 80));
+    // The parser skips a byte order mark, which reading does not.
+    if (!is_json_object(metadata_json))
+        fail(DIFFUSIONZ_E_ARGUMENT, "the metadata is not a JSON object: ", metadata_json.substr(0, 80));
 
     auto get = [&](const char* key) -> const json& {
         static const json absent;
