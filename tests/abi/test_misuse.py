@@ -120,6 +120,13 @@ def test_every_seed_draws(ctx: Any, seed: int) -> None:
     assert draw(ctx, seed=seed) == (lib.DIFFUSIONZ_OK, "")
 
 
+@pytest.mark.parametrize("strength", [1e-3, 1e-7, 1e-30, 1e-45])
+def test_every_strength_draws(ctx: Any, strength: float) -> None:
+    """However little it is, one step runs."""
+    image = ffi.new("uint8_t[]", 16 * 16 * 3)
+    assert draw(ctx, init_image=image, strength=strength, num_steps=1000) == (lib.DIFFUSIONZ_OK, "")
+
+
 @pytest.mark.parametrize("prompt", [b"", b" ", b"\n", b"a" * 100_000, "日本語 🎨".encode()], ids=len)
 def test_every_text_draws(ctx: Any, prompt: bytes) -> None:
     assert draw(ctx, prompt=prompt) == (lib.DIFFUSIONZ_OK, "")

@@ -35,7 +35,9 @@ std::vector<float> sigmas_of(const Model& model, const DiffusionZRequest& reques
 int32_t steps_skipped(const DiffusionZRequest& request) {
     if (!request.init_image) return 0;
     const double steps = request.num_steps;
-    return static_cast<int32_t>(std::max(steps - std::min(steps * decimal(request.strength), steps), 0.0));
+    const double left_out = std::max(steps - std::min(steps * decimal(request.strength), steps), 0.0);
+    // A strength over 0 changes the picture, however it is rounded.
+    return std::min(static_cast<int32_t>(left_out), request.num_steps - 1);
 }
 
 // A copy on the host, when the stream has come to it.
