@@ -230,6 +230,23 @@ def test_a_batch_with_one_bad_request_draws_none(ctx: Any) -> None:
         lib.diffusionz_free_result(ffi.addressof(results[i]))
 
 
+def test_a_prompt_that_no_picture_has_room_for_is_refused_before_anything_is_drawn(ctx: Any) -> None:
+    short, long = ffi.new("char[]", b"x"), ffi.new("char[]", b"x" * (5 << 20))
+    requests, results = ffi.new("DiffusionZRequest[2]"), ffi.new("DiffusionZResult[2]")
+    for request, prompt in zip(requests, (short, long), strict=True):
+        lib.diffusionz_request_init(ffi.addressof(request))
+        request.prompt, request.width, request.height, request.num_steps = prompt, 16, 16, 1
+    task = ffi.gc(lib.diffusionz_task_new(), lib.diffusionz_task_free)
+    assert lib.diffusionz_generate_batch(ctx, requests, 2, task, results) == E["ARGUMENT"]
+    for result in results:
+        assert "4194304" in text(result.error_msg)
+        lib.diffusionz_free_result(ffi.addressof(result))
+    requests[1].embed_metadata = 0
+    assert lib.diffusionz_generate_batch(ctx, requests, 2, task, results) == lib.DIFFUSIONZ_OK  # not used up
+    for result in results:
+        lib.diffusionz_free_result(ffi.addressof(result))
+
+
 def test_a_batch_is_encoded_as_its_pictures_alone_are(ctx: Any) -> None:
     """More pictures than are encoded at once, in every format."""
     prompt = ffi.new("char[]", b"x")

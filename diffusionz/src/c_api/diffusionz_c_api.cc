@@ -63,6 +63,16 @@ void encode(DiffusionZResult& result, const uint8_t* rgb, int32_t width, int32_t
     set_image(result, bytes.data(), bytes.size(), width, height);
 }
 
+// Fails with E_ARGUMENT where the picture could be drawn but not be encoded: its texts are too long to be written into it.
+void check_metadata(const DiffusionZContext& ctx, const DiffusionZRequest& request) {
+    if (request.format == DIFFUSIONZ_FORMAT_RGB || !request.embed_metadata) return;
+    const size_t size = ctx.fleet.metadata(request).size();
+    if (size > kMetadataBytesMax) {
+        fail(DIFFUSIONZ_E_ARGUMENT, "prompt and negative_prompt make metadata of ", size, " bytes; at most ", kMetadataBytesMax,
+             " are allowed in a picture, any number with embed_metadata 0");
+    }
+}
+
 // Encodes a call's pictures while the next ones are drawn.
 class Encoders {
 public:
@@ -290,6 +300,7 @@ int32_t diffusionz_generate_batch(DiffusionZContext* ctx, const DiffusionZReques
         for (int32_t i = 0; i < count; ++i) {
             check_size("request", &requests[i]);
             ctx->fleet.check(requests[i]);
+            check_metadata(*ctx, requests[i]);
         }
         watched.begin(count);
         apply_threads();
