@@ -21,9 +21,9 @@ PeftScale::PeftScale(const std::filesystem::path& path, const std::map<std::stri
 double PeftScale::operator()(const std::string& module, int64_t rank) const {
     double alpha = alpha_;
     for (const auto& [pattern, value] : patterns_) {
-        // The first that matches as PEFT's (.*\.)?(pattern)$ does.
-        const bool ends = module.ends_with("." + pattern);
-        if (module != pattern && !ends) continue;
+        // The first that matches as PEFT's (.*\.)?(pattern)$ does; one with ^ names the whole module.
+        const bool whole = pattern.starts_with('^');
+        if (whole ? module != pattern.substr(1) : module != pattern && !module.ends_with("." + pattern)) continue;
         alpha = value;
         break;
     }
@@ -47,9 +47,9 @@ void PeftScale::read(std::string_view text, const std::string& name) {
     const auto patterns = field("alpha_pattern");
     if (!patterns.is_object()) return;
     for (const auto& [pattern, alpha] : patterns.items()) {
-        std::string plain = pattern.substr(pattern.starts_with('^') ? 1 : 0);
+        std::string plain = pattern;
         for (size_t at = plain.find("\\."); at != std::string::npos; at = plain.find("\\.", at)) plain.erase(at, 1);
-        if (!alpha.is_number() || plain.find_first_of("^$*+?()[]{}|\\") != std::string::npos) {
+        if (!alpha.is_number() || plain.find_first_of("^$*+?()[]{}|\\", plain.starts_with('^')) != std::string::npos) {
             fail(DIFFUSIONZ_E_LORA, name, ": alpha_pattern has '", pattern,
                  "'; supported are a module's name or its end, each with a number");
         }
