@@ -114,10 +114,10 @@ typedef struct {
     int32_t width;               /* pixels, a multiple of 16 (twice the VAE's factor), at least 16 */
     int32_t height;              /* likewise; the model's position tables set the maximum */
     int32_t num_steps;           /* transformer evaluations, 1..1000; Z-Image-Turbo wants 8 */
-    float guidance_scale;        /* 0 is off; pred = pos + guidance_scale * (pos - neg); finite, >= 0 */
+    float guidance_scale;        /* 0 is off; pred = pos + guidance_scale * (pos - neg); at most 1000 */
     int64_t seed;                /* of torch's CPU generator, on every device */
     const char *lora_path;       /* NULL for no LoRA; else one more adapter, for this call alone */
-    float lora_weight;           /* finite; 0.0-1.0 is usual */
+    float lora_weight;           /* -1000..1000; 0.0-1.0 is usual */
 } DiffusionZParams;
 
 typedef struct {
@@ -155,8 +155,8 @@ typedef struct {
     const char *negative_prompt; /* default NULL */
     int64_t seed;                /* default 0 */
     float guidance_scale;        /* default 0 */
-    float cfg_normalization;     /* > 0 bounds the guided prediction's norm to this multiple of the unguided one; default 0, off */
-    float cfg_truncation;        /* guidance is off once 1 - sigma exceeds this; default 1, never */
+    float cfg_normalization;     /* > 0 bounds the guided prediction's norm to this multiple of the unguided one; default 0, off; at most 1000 */
+    float cfg_truncation;        /* guidance is off once 1 - sigma exceeds this; 0..1000; default 1, never */
     float lora_weight;           /* default 1 */
     const char *lora_path;       /* default NULL */
     const uint8_t *init_image;   /* image to image: raw RGB [height, width, 3] to start from; default NULL */
@@ -314,7 +314,7 @@ DIFFUSIONZ_API void diffusionz_task_free(DiffusionZTask *task);
 /* --- LoRA --------------------------------------------------------------------------------------------------- */
 
 /* Adds an adapter (safetensors, of diffusers/PEFT or kohya naming) to every later call on the context, on top of those loaded before;
- * the same path again sets its weight. The base weights are not touched. E_LORA also when under 95 % of the file's
+ * the same path again sets its weight, -1000..1000. The base weights are not touched. E_LORA also when under 95 % of the file's
  * keys match the model: the message names keys that do not. E_ARGUMENT, E_OUT_OF_MEMORY. */
 DIFFUSIONZ_API int32_t diffusionz_load_lora(DiffusionZContext *ctx, const char *lora_path, float weight);
 

@@ -91,6 +91,7 @@ def test_the_right_use_draws(ctx: Any) -> None:
         ({"guidance_scale": math.nan}, "guidance_scale"),
         ({"guidance_scale": math.inf}, "guidance_scale"),
         ({"guidance_scale": -1.0}, "-1"),
+        ({"guidance_scale": 1000.5}, "from 0 to 1000"),
         ({"cfg_normalization": math.nan}, "cfg_normalization"),
         ({"cfg_normalization": -1.0}, "cfg_normalization"),
         ({"cfg_truncation": math.nan}, "cfg_truncation"),
