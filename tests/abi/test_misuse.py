@@ -631,6 +631,21 @@ def test_lora_of_another_model(ctx: Any, tiny_model: pathlib.Path, tmp_path: pat
     assert draw(ctx) == (lib.DIFFUSIONZ_OK, "")
 
 
+def test_a_pipe_is_no_file(ctx: Any, tmp_path: pathlib.Path) -> None:
+    """Opening one waits for a writer, and would hold the context's queue until there is one."""
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(lib.diffusionz_load_lora(ctx, os.fsencode(pipe), 1)))
+    thread.start()
+    thread.join(20)
+    waited = thread.is_alive()
+    if waited:
+        pipe.write_bytes(b"")
+    thread.join()
+    assert (waited, done) == (False, [E["LORA"]])
+
+
 # --- Damaged pictures ---
 
 

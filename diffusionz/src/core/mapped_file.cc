@@ -13,7 +13,8 @@
 namespace diffusionz {
 
 MappedFile::MappedFile(const std::filesystem::path& path, int32_t status)
-    : path_(path), status_(status), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    // O_NONBLOCK: a pipe that nobody writes to is opened at once, and refused.
+    : path_(path), status_(status), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
     if (descriptor_ < 0) fail(status, path.string(), ": ", std::strerror(errno));
     struct stat info{};
     if (::fstat(descriptor_, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size == 0) {
