@@ -507,6 +507,13 @@ def test_a_missing_component(broken: pathlib.Path, folder: str) -> None:
     load_fails(broken, folder)
 
 
+@pytest.mark.parametrize("name", ["transformer", "tokenizer", "model_index.json"])
+def test_a_link_to_itself(broken: pathlib.Path, name: str) -> None:
+    (broken / name).rename(broken / "elsewhere")
+    (broken / name).symlink_to(name)
+    load_fails(broken, name)
+
+
 @pytest.mark.parametrize("folder", ["transformer", "text_encoder", "vae"])
 def test_missing_weights(broken: pathlib.Path, folder: str) -> None:
     weights_of(broken / folder).unlink()

@@ -1,5 +1,7 @@
 #include "c_api/guard.h"
 
+#include <filesystem>
+
 #include "core/device.h"
 
 namespace diffusionz {
@@ -30,6 +32,8 @@ int32_t remember_failure(const std::exception& error) noexcept {
             case OutOfMemory::no:
                 break;
         }
+        // Only a model's or an adapter's files are looked for: no right to look, or a link to itself.
+        if (dynamic_cast<const std::filesystem::filesystem_error*>(&error)) return remember(DIFFUSIONZ_E_MODEL, what.c_str());
         const bool device = torch && what.find("CUDA error") != std::string::npos;
         return remember(device ? DIFFUSIONZ_E_DEVICE : DIFFUSIONZ_E_INTERNAL, what.c_str());
     } catch (...) {  // the host's memory for the message, or the device's that could not be given back
