@@ -268,7 +268,7 @@ DIFFUSIONZ_API int32_t diffusionz_memory_info(DiffusionZContext *ctx, DiffusionZ
 /* --- Drawing ------------------------------------------------------------------------------------------------ */
 
 /* Draws one picture, as lossy WebP of quality 90 with its parameters inside. Blocks until done. Always returns a result; its
- * error_code is E_ARGUMENT, E_LORA, E_OUT_OF_MEMORY or E_DEVICE on failure. Free it with diffusionz_free_result either way.
+ * error_code is E_ARGUMENT, E_MODEL, E_LORA, E_OUT_OF_MEMORY or E_DEVICE on failure. Free it with diffusionz_free_result either way.
  * The same parameters, library and device give the same bytes. */
 DIFFUSIONZ_API DiffusionZResult diffusionz_generate(DiffusionZContext *ctx, const DiffusionZParams *params);
 
@@ -279,7 +279,8 @@ DIFFUSIONZ_API void diffusionz_request_init(DiffusionZRequest *request);
 
 /* Draws `count` pictures (1..1024) in one place of the queue and fills results[0..count-1]. To draw variations of one prompt, give picture i
  * the seed `seed + i`. All requests are checked before the first is drawn. `task` may be NULL. On failure the status is returned,
- * every result is empty and carries the status and message, and the context stays usable. E_ARGUMENT, E_LORA, E_CANCELLED, E_OUT_OF_MEMORY, E_DEVICE. */
+ * every result is empty and carries the status and message, and the context stays usable. E_ARGUMENT, E_MODEL, E_LORA, E_CANCELLED, E_OUT_OF_MEMORY,
+ * E_DEVICE. */
 DIFFUSIONZ_API int32_t diffusionz_generate_batch(DiffusionZContext *ctx, const DiffusionZRequest *requests, int32_t count,
                                                  DiffusionZTask *task, DiffusionZResult *results);
 

@@ -617,6 +617,17 @@ def test_another_architecture(broken: pathlib.Path, name: str, changes: dict[str
     load_fails(broken)
 
 
+@pytest.mark.parametrize("changes", [{"base_image_seq_len": 256, "max_image_seq_len": 256}, {"max_shift": 100}])
+def test_a_scheduler_that_gives_no_steps(broken: pathlib.Path, changes: dict[str, Any]) -> None:
+    """Known when the size of a picture is, and the model's fault."""
+    edit(broken / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True, **changes)
+    ctx = lib.diffusionz_init(os.fsencode(broken), -1)
+    assert ctx, last_error()
+    status, message = draw(ctx, width=512, height=512, num_steps=3)
+    lib.diffusionz_free(ctx)
+    assert (status, "scheduler" in message) == (E["MODEL"], True), message
+
+
 # --- Damaged LoRA files ---
 
 
