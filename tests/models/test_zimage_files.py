@@ -226,6 +226,20 @@ for file in sorted((folder / sys.argv[2]).glob("*.kept")):
     assert len(done.stdout.splitlines()) == len(damaged), done.stdout
 
 
+@pytest.mark.parametrize("side", [0, 3])
+def test_attention_that_is_no_1x1_convolution_is_refused(random_model, originals, tmp_path, side):
+    """Its first numbers would be a matrix of the right size, and of none there would be whatever memory holds."""
+    from diffusionz import ModelError, ZImage
+
+    shutil.copytree(random_model("wide").folder, tmp_path / "model")
+    vae = originals[2]
+    matrix = vae["decoder.mid.attn_1.q.weight"]
+    wrong = {"decoder.mid.attn_1.q.weight": torch.zeros(*matrix.shape[:2], side, side)}
+    save_file(vae | wrong, tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ModelError, match="to_q"):
+        ZImage(tmp_path / "model", device="cpu")
+
+
 @pytest.mark.parametrize("encoder", ["text_encoders.qwen3_4b.transformer.", "text_encoders."])
 def test_one_file_draws_the_same_picture_bit_for_bit(random_model, originals, tmp_path, encoder):
     model = random_model("wide")

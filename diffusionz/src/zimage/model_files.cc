@@ -82,7 +82,8 @@ void rename_vae(Checkpoint& checkpoint) {
     // Its attention is written as 1x1 convolutions.
     std::vector<std::string> attention;
     for (const auto& [name, view] : checkpoint.tensors()) {
-        if (name.find(".attentions.0.to_") != std::string::npos && view.shape.size() == 4) attention.push_back(name);
+        const bool one_by_one = view.shape.size() == 4 && view.shape[2] == 1 && view.shape[3] == 1;
+        if (name.find(".attentions.0.to_") != std::string::npos && one_by_one) attention.push_back(name);
     }
     for (const std::string& name : attention) {
         TensorView view = checkpoint.at(name);
