@@ -240,16 +240,40 @@ def test_attention_that_is_no_1x1_convolution_is_refused(random_model, originals
         ZImage(tmp_path / "model", device="cpu")
 
 
+def in_one_file(originals, encoder="text_encoders."):
+    prefixes = ("model.diffusion_model.", encoder, "vae.")
+    return {
+        prefix + name: tensor for prefix, part in zip(prefixes, originals, strict=True) for name, tensor in part.items()
+    }
+
+
 @pytest.mark.parametrize("encoder", ["text_encoders.qwen3_4b.transformer.", "text_encoders."])
 def test_one_file_draws_the_same_picture_bit_for_bit(random_model, originals, tmp_path, encoder):
     model = random_model("wide")
-    prefixes = ("model.diffusion_model.", encoder, "vae.")
-    tensors = {
-        prefix + name: tensor for prefix, part in zip(prefixes, originals, strict=True) for name, tensor in part.items()
-    }
-    save_file(tensors, tmp_path / "z_image.safetensors")
+    save_file(in_one_file(originals, encoder), tmp_path / "z_image.safetensors")
     shutil.copy(model.folder / "tokenizer" / "tokenizer.json", tmp_path)
     assert torch.equal(picture_of(tmp_path / "z_image.safetensors"), draw(model.engine, REQUEST, PICTURE))
+
+
+def test_one_file_that_is_a_link_has_its_tokenizer_beside_the_link(random_model, originals, tmp_path):
+    """As a hub's cache keeps it: the file itself is elsewhere, and has no name."""
+    model, snapshot = random_model("wide"), tmp_path / "snapshot"
+    snapshot.mkdir()
+    save_file(in_one_file(originals), tmp_path / "0123abcd")
+    (snapshot / "z_image.safetensors").symlink_to(tmp_path / "0123abcd")
+    shutil.copy(model.folder / "tokenizer" / "tokenizer.json", snapshot)
+    assert torch.equal(picture_of(snapshot / "z_image.safetensors"), draw(model.engine, REQUEST, PICTURE))
+
+
+def test_one_file_is_read_again_when_its_tokenizer_changes(random_model, originals, tmp_path):
+    from diffusionz import ModelError, ZImage
+
+    save_file(in_one_file(originals), tmp_path / "z_image.safetensors")
+    shutil.copy(random_model("wide").folder / "tokenizer" / "tokenizer.json", tmp_path)
+    with ZImage(tmp_path / "z_image.safetensors", device="cpu"):
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(ModelError, match="tokenizer"):
+            ZImage(tmp_path / "z_image.safetensors", device="cpu")
 
 
 def test_a_vae_without_encoder_draws_from_text_and_says_what_it_cannot(random_model, tmp_path):

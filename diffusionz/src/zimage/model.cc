@@ -66,7 +66,13 @@ Model::Model(const fs::path& path, const ModelFiles& files, Placement placement,
 std::shared_ptr<const Model> Model::load(const fs::path& path, Placement placement, int64_t max_vram_bytes) {
     static ModelCache<Model> cache;
     std::string key = model_key(path, placement);
-    const fs::path canonical = fs::canonical(path);
+    fs::path canonical = fs::canonical(path);
+    if (fs::is_regular_file(canonical)) {
+        // The name that was given, which may be a link (as in a hub's cache): the tokenizer stands beside it.
+        canonical = fs::canonical(fs::absolute(path).parent_path()) / path.filename();
+        const fs::path tokenizer = find_tokenizer(canonical.parent_path());
+        if (!tokenizer.empty()) key += model_key(tokenizer, placement);
+    }
     const Residence residence =
         max_vram_bytes > 0 ? residence_in(find_model_files(canonical), placement, max_vram_bytes) : Residence{};
     key += concat("residence ", residence.text_encoder, residence.vae);

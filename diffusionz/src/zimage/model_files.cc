@@ -102,13 +102,6 @@ fs::path folder_of(const fs::path& root, std::initializer_list<const char*> name
     return root / *names.begin();
 }
 
-fs::path find_tokenizer(const fs::path& root) {
-    for (const fs::path& candidate : {root / "tokenizer" / "tokenizer.json", root / "tokenizer.json"}) {
-        if (fs::exists(candidate)) return candidate;
-    }
-    fail(DIFFUSIONZ_E_MODEL, root.string(), ": neither tokenizer/tokenizer.json nor tokenizer.json is there");
-}
-
 template <class Config>
 Config config_of(const fs::path& folder, const Checkpoint& checkpoint) {
     const fs::path json = folder / "config.json";
@@ -116,6 +109,13 @@ Config config_of(const fs::path& folder, const Checkpoint& checkpoint) {
 }
 
 }  // namespace
+
+fs::path find_tokenizer(const fs::path& root) {
+    for (const fs::path& candidate : {root / "tokenizer" / "tokenizer.json", root / "tokenizer.json"}) {
+        if (fs::exists(candidate)) return candidate;
+    }
+    return {};
+}
 
 ModelFiles find_model_files(const fs::path& path) {
     ModelFiles files;
@@ -160,6 +160,8 @@ ModelFiles find_model_files(const fs::path& path) {
     rename_vae(*files.vae);
 
     files.tokenizer_json = find_tokenizer(root);
+    if (files.tokenizer_json.empty())
+        fail(DIFFUSIONZ_E_MODEL, root.string(), ": neither tokenizer/tokenizer.json nor tokenizer.json is there");
     files.transformer_config = config_of<TransformerConfig>(transformer, *files.transformer);
     files.text_encoder_config = config_of<TextEncoderConfig>(text_encoder, *files.text_encoder);
     files.vae_config = config_of<VaeConfig>(vae, *files.vae);

@@ -21,6 +21,9 @@ struct ModelFiles {
     SchedulerConfig scheduler_config;
 };
 
+// tokenizer.json of a model whose files are in `root`; "" when there is none.
+std::filesystem::path find_tokenizer(const std::filesystem::path& root);
+
 // `path` is
 //  - a folder in the diffusers layout: transformer/, text_encoder/, vae/, tokenizer/, scheduler/, each with its config;
 //  - a folder in ComfyUI's layout: diffusion_models/, text_encoders/, vae/ with a single file each, in the original naming, and

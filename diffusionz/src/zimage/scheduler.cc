@@ -53,8 +53,8 @@ std::vector<float> make_sigmas(const SchedulerConfig& config, int64_t num_steps,
     values.push_back(0.0f);
     for (size_t i = 1; i < values.size(); ++i) {
         if (!(values[i] < values[i - 1]))
-            fail(DIFFUSIONZ_E_MODEL, "the scheduler's shifts give ", num_steps, " steps a sigma that does not fall: number ", i, ", ",
-                 values[i - 1], " to ", values[i]);
+            fail(DIFFUSIONZ_E_MODEL, "the scheduler's shifts give ", num_steps, " steps a sigma that does not fall: number ", i,
+                 ", ", values[i - 1], " to ", values[i]);
     }
     return values;
 }
