@@ -93,7 +93,7 @@ CONFIGS = {
     "plain": {},
     "alpha": {"lora_alpha": 1, "r": 8},
     "alpha of some modules": {"lora_alpha": 2, "alpha_pattern": {"^layers.0.attention.to_k": 9, "to_q": 16, "w2": 1}},
-    "alpha of modules by whole names": {"lora_alpha": 2, "alpha_pattern": {"^to_k": 9, "^layers.1.feed_forward.w2": 16}},
+    "alpha of whole names": {"lora_alpha": 2, "alpha_pattern": {"^to_k": 9, "^layers.1.feed_forward.w2": 16}},
     "rank of some modules": {"lora_alpha": 6, "rank_pattern": {"to_v": 2, "layers.0.feed_forward.w1": 7}},
     "rank-stabilized": {"use_rslora": True, "lora_alpha": 3},
     "attention only": {"target_modules": ATTENTION, "lora_alpha": 8},

@@ -20,8 +20,8 @@ std::string model_key(const fs::path& path, const Placement& placement) {
     if (error) fail(DIFFUSIONZ_E_MODEL, path.string(), ": ", error.message());
     if (fs::is_regular_file(canonical, error)) add(canonical);
     // Folders that are links are followed: models that consist of those alone would all have one key.
-    constexpr auto kOptions = fs::directory_options::follow_directory_symlink;
-    for (fs::recursive_directory_iterator entry(canonical, kOptions, error), end; !error && entry != end; entry.increment(error)) {
+    constexpr auto kLinks = fs::directory_options::follow_directory_symlink;
+    for (fs::recursive_directory_iterator entry(canonical, kLinks, error), end; !error && entry != end; entry.increment(error)) {
         if (entry.depth() > 0) entry.disable_recursion_pending();
         if (entry->is_regular_file(error)) add(entry->path());
     }
